@@ -1,0 +1,232 @@
+"""Settings: frozen dataclasses, validated on construction.
+
+`AddaxConfig` is the method alone and is what the optimizer holds; `RunConfig` adds what one
+fine-tuning run needs and is what a YAML file describes. Names are the paper's where it has one.
+"""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from addax_ds.errors import UserError
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AddaxConfig:
+    """Hyper-parameters of the Addax step (Li et al., ICLR 2025, algorithm 1).
+
+    theta <- theta - lr * (alpha * mean_q(g0_q z_q) + (1 - alpha) * g1 + weight_decay * theta)
+    """
+
+    lr: float = 1e-3
+    """Learning rate (eta), 0 or more."""
+    alpha: float = 1e-3
+    """Weight of the zeroth-order part, in [0, 1]: 1 is MeZO, 0 is in-place SGD."""
+    eps: float = 1e-3
+    """Perturbation scale of the two-sided difference, above 0."""
+    queries: int = 1
+    """Directions per step (Q of n-SPSA), averaged."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, as a multiple of lr."""
+    distribution: Literal["normal", "rademacher"] = "normal"
+    """Distribution of the perturbation z."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How an update is rounded to bfloat16 weights; float32 weights need none."""
+    seed: int = 0
+    """Root seed of the run; every step derives its own."""
+    dropout: bool = False
+    """Dropout in the first-order forward. Zeroth-order forwards never have any."""
+    zo_micro_batch: int = 1
+    """Samples in one zeroth-order micro-batch: the unit that is dealt to ranks."""
+    fo_micro_batch: int = 1
+    """Samples in one first-order micro-batch. A rank that gets more than one a step needs one
+    float32 buffer of the size of its shard."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, f"lr is {self.lr}: it must be 0 or more")
+        _require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: it must lie in [0, 1]")
+        _require(self.eps > 0, f"eps is {self.eps}: it must be above 0")
+        _require(self.queries >= 1, f"queries is {self.queries}: it must be 1 or more")
+        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}: it must be 0 or more")
+        _require(0 <= self.seed < 2**53, f"seed is {self.seed}: it must lie in [0, 2**53)")
+        _require(self.zo_micro_batch >= 1, f"zo_micro_batch is {self.zo_micro_batch}: it must be 1 or more")
+        _require(self.fo_micro_batch >= 1, f"fo_micro_batch is {self.fo_micro_batch}: it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TaskConfig:
+    """How a record becomes a prompt and what counts as a right answer.
+
+    Either `labels` (classification: field value -> label word) or `completion` (generation: the
+    field that holds the text to produce) is given, never both.
+    """
+
+    prompt: str
+    """Python format string over the record's fields, for example "{text} It was"."""
+    label: str | None = None
+    """Field that holds the class."""
+    labels: dict[str, str] | None = None
+    """Label words by class, with their leading space, for example {"0": " terrible"}."""
+    completion: str | None = None
+    """Field that holds the answer to generate (a string or a list of accepted strings)."""
+    max_new_tokens: int = 32
+    """Longest answer generated."""
+
+    def __post_init__(self) -> None:
+        if self.completion is None:
+            _require(bool(self.label and self.labels), "a task needs label and labels, or completion: set one of them")
+            _require(len(self.labels or {}) >= 2, "task.labels needs two classes or more")
+        else:
+            _require(not (self.label or self.labels), "a task has either labels or completion: remove one of them")
+        _require(self.max_new_tokens >= 1, "task.max_new_tokens must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig(AddaxConfig):
+    """One fine-tuning run: what the YAML file of `addax-ds train` holds."""
+
+    model: str = "smollm2-135m"
+    """Embedded model by name, local folder, or hub id."""
+    data: str = "movies"
+    """Embedded data by name, local .jsonl or .csv file, or a dataset id of the hub."""
+    eval_data: str | None = None
+    """Held-out data; without it the last `eval_samples` of the shuffled `data` are held out."""
+    task: TaskConfig | None = None
+    """Template and labels; embedded data brings its own."""
+    train_samples: int | None = 1000
+    """Training samples drawn from the data; null takes all."""
+    eval_samples: int = 500
+    """Held-out samples."""
+    k0: int = 6
+    """Global zeroth-order batch size K^0."""
+    k1: int = 4
+    """Global first-order batch size K^1."""
+    lt: int | Literal["auto", "none"] = "auto"
+    """Length threshold L_T in tokens: longer samples are zeroth-order, the rest first-order.
+    "auto" is the median length; "none" is Addax-WA, both batches from all samples."""
+    steps: int = 60
+    """Steps of the run."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning-rate schedule."""
+    warmup_steps: int = 0
+    """Steps over which lr rises from 0."""
+    padding: Literal["left", "right"] = "right"
+    """Side of the padding."""
+    engine: Literal["replicated", "fsdp", "deepspeed"] = "replicated"
+    """What shards the model; "deepspeed" reads `ds_config`."""
+    ds_config: str | None = None
+    """DeepSpeed configuration, for example ds_configs/zero3.json."""
+    replicas: int = 1
+    """FSDP: copies of the sharded model; above 1 is HSDP."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    activation_checkpointing: bool = False
+    """Recompute activations of each block in the first-order backward."""
+    eval_every: int = 0
+    """Steps between evaluations inside the run; 0 evaluates before and after only."""
+    eval_micro_batch: int = 8
+    """Sequences in one evaluation forward."""
+    output: str = "runs/addax"
+    """Run folder."""
+    save: bool = True
+    """Write the fine-tuned model to OUTPUT/model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("k0", "k1", "steps", "eval_samples", "replicas", "eval_micro_batch"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+        for name in ("warmup_steps", "eval_every"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
+        _require(self.train_samples is None or self.train_samples >= 1, "train_samples must be 1 or more, or null")
+        _require(isinstance(self.lt, str) or self.lt >= 1, f"lt is {self.lt}: give tokens, auto or none")
+        _require(
+            (self.engine == "deepspeed") == (self.ds_config is not None),
+            "engine: deepspeed and ds_config go together: set both, for example ds_config=ds_configs/zero3.json",
+        )
+        _require(self.replicas == 1 or self.engine == "fsdp", "replicas above 1 needs engine: fsdp")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint ", did you mean X?" with the known word nearest to `word`; empty when none is near."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+
+
+def build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """`cls(**values)`, with the first thing that is wrong as a one-line `UserError`."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key}{nearest(str(key), known)}")
+    if isinstance(values.get("task"), dict):
+        values = {**values, "task": build(TaskConfig, values["task"], f"{where}: task")}
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            raise UserError(f"{where}: {cause}") from None
+        key = ".".join(str(part) for part in first["loc"][:1])
+        raise UserError(f"{where}: {key} is {first.get('input')!r}: {first['msg']}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def load_run(path: str | None, overrides: list[str]) -> RunConfig:
+    """The run that a YAML file describes, with `key=value` overrides on top.
+
+    `task.prompt=...` reaches into the task. Raises `UserError` for a missing or unreadable file,
+    an unknown key (naming the nearest) and every value out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: give the path of a run file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(loaded, dict | None):
+            raise UserError(f"{path}: a run file is a mapping of settings")
+        values = loaded or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override}: overrides are written key=value")
+        try:
+            value = parse_value(text)
+        except yaml.YAMLError:
+            raise UserError(f"{override}: the value is not YAML") from None
+        outer, dot, inner = key.partition(".")
+        if dot:
+            group = values.get(outer) or {}
+            if not isinstance(group, dict):
+                raise UserError(f"{override}: {outer} is no group of settings")
+            values[outer] = {**group, inner: value}
+        else:
+            values[key] = value
+    return build(RunConfig, values, path or "command line")
+
+
+def parse_value(text: str) -> Any:
+    """A YAML scalar, with 1e-3 read as the number it plainly is (YAML 1.1 reads a string)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

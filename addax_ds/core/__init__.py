@@ -1,0 +1,1 @@
+"""The method: noise, lanes, scalars and the fused update. Knows torch; knows no engine, data or file."""

@@ -1,0 +1,317 @@
+"""Perturbation, fused update and digest for CPU memory: numba kernels over slices of a range.
+
+Bit-equal to `plain.py`: the same float32 operations in the same order, which LLVM neither
+reorders nor contracts without fastmath. Each kernel walks its range in chunks that stay in the
+first-level cache and keeps Philox words as structure of arrays, which is what lets LLVM vectorise.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+
+from addax_ds.core import noise as definition
+from addax_ds.core.noise import NORMAL, PURPOSE, RADEMACHER, ROUNDING, Distribution, key_of
+from addax_ds.core.plain import Step
+
+CHUNK = 2048  # elements; a multiple of every block size
+_PARALLEL_FROM = 1 << 16  # elements below which a thread costs more than it brings
+
+_M0, _M1 = (np.uint64(word) for word in definition.PHILOX_MULTIPLIERS)
+_W0, _W1 = (np.uint32(word) for word in definition.PHILOX_WEYL)
+_LOG = tuple(np.float32(c) for c in definition.LOG)
+_SINE = tuple(np.float32(c) for c in definition.SINE)
+_COSINE = tuple(np.float32(c) for c in definition.COSINE)
+_LN2, _TURN = np.float32(definition.LN2), np.float32(definition.TURN)
+_HALF_BITS = np.int32(definition.SQRT_HALF_BITS)
+_ONE, _TWO, _HALF = np.float32(1.0), np.float32(2.0), np.float32(0.5)
+_2M32, _2M33 = np.float32(2.0**-32), np.float32(2.0**-33)
+
+_compile = numba.njit(cache=True, nogil=True)
+
+
+@_compile
+def _philox_blocks(out, first, count, query, purpose, key0, key1):
+    """Words of `count` blocks from block `first`: out[word, block], uint32."""
+    x0, x1, x2, x3 = out[0], out[1], out[2], out[3]
+    for b in range(count):
+        block = np.uint64(first + b)
+        x0[b] = np.uint32(block & np.uint64(0xFFFFFFFF))
+        x1[b] = np.uint32(block >> np.uint64(32))
+        x2[b] = np.uint32(query)
+        x3[b] = np.uint32(purpose)
+    for b in range(count):
+        a0, a1, a2, a3 = x0[b], x1[b], x2[b], x3[b]
+        k0, k1 = key0, key1
+        for _ in range(10):
+            p0 = np.uint64(a0) * _M0
+            p1 = np.uint64(a2) * _M1
+            a0 = np.uint32(np.uint32(p1 >> np.uint64(32)) ^ a1 ^ k0)
+            a1 = np.uint32(p1)
+            a2 = np.uint32(np.uint32(p0 >> np.uint64(32)) ^ a3 ^ k1)
+            a3 = np.uint32(p0)
+            k0 = np.uint32(k0 + _W0)
+            k1 = np.uint32(k1 + _W1)
+        x0[b], x1[b], x2[b], x3[b] = a0, a1, a2, a3
+
+
+@_compile
+def _box_muller_blocks(radial, angular, count, u, z, offset):
+    """`count` pairs of words to normals z[4 b + offset], z[4 b + offset + 1]; u: scratch [count]."""
+    bits = u.view(np.int32)
+    for b in range(count):
+        u[b] = np.float32(radial[b]) * _2M32 + _2M33
+    for b in range(count):
+        shifted = np.int32(bits[b] - _HALF_BITS)
+        exponent = np.float32(np.int32(shifted >> np.int32(23)))
+        bits[b] = np.int32(np.int32(shifted & np.int32(0x7FFFFF)) + _HALF_BITS)
+        f = u[b] - _ONE
+        p = _LOG[7]
+        p = p * f + _LOG[6]
+        p = p * f + _LOG[5]
+        p = p * f + _LOG[4]
+        p = p * f + _LOG[3]
+        p = p * f + _LOG[2]
+        p = p * f + _LOG[1]
+        p = p * f + _LOG[0]
+        square = f * f
+        log = exponent * _LN2 + ((f - _HALF * square) + (square * f) * p)
+        radius = np.sqrt(-_TWO * log)
+        word = np.uint32(angular[b] + np.uint32(1 << 29))
+        quadrant = np.int32(word >> np.uint32(30))
+        a = np.float32(np.int32(word & np.uint32((1 << 30) - 1)) - np.int32(1 << 29)) * _TURN
+        square = a * a
+        sine = a + (a * square) * ((_SINE[2] * square + _SINE[1]) * square + _SINE[0])
+        cosine = (_ONE - _HALF * square) + (square * square) * (
+            (_COSINE[2] * square + _COSINE[1]) * square + _COSINE[0]
+        )
+        odd = (quadrant & 1) != 0
+        x = sine if odd else cosine
+        y = cosine if odd else sine
+        x = -x if quadrant == 1 or quadrant == 2 else x
+        y = -y if quadrant >= 2 else y
+        z[4 * b + offset] = radius * x
+        z[4 * b + offset + 1] = radius * y
+
+
+@_compile
+def _noise_chunk(z, words, u, first, query, purpose, key0, key1):
+    """z[CHUNK] of the chunk that starts at element `first`, a multiple of CHUNK."""
+    if purpose == NORMAL:
+        count = CHUNK // 4
+        _philox_blocks(words, first // 4, count, query, purpose, key0, key1)
+        _box_muller_blocks(words[0], words[1], count, u, z, 0)
+        _box_muller_blocks(words[2], words[3], count, u, z, 2)
+    else:
+        count = CHUNK // 128
+        _philox_blocks(words, first // 128, count, query, purpose, key0, key1)
+        signs = z.view(np.uint32)
+        one = np.uint32(0x3F800000)
+        for b in range(count):
+            for w in range(4):
+                word = words[w, b]
+                base = 128 * b + 32 * w
+                for bit in range(32):
+                    signs[base + bit] = one | np.uint32(((word >> np.uint32(bit)) & np.uint32(1)) << np.uint32(31))
+
+
+@_compile
+def _load(target, source, begin, count, wide):
+    """Float32 values of `count` stored weights; bfloat16 comes as its 16 bits."""
+    if wide:
+        values = source.view(np.float32)
+        for i in range(count):
+            target[i] = values[begin + i]
+    else:
+        bits = target.view(np.uint32)
+        for i in range(count):
+            bits[i] = np.uint32(source[begin + i]) << np.uint32(16)
+
+
+@_compile
+def _store(target, begin, values, count, wide, random, use_random):
+    """Write float32 values as stored weights: bfloat16 to nearest even, or stochastically."""
+    if wide:
+        out = target.view(np.float32)
+        for i in range(count):
+            out[begin + i] = values[i]
+        return
+    bits = values.view(np.uint32)
+    for i in range(count):
+        word = bits[i]
+        finite = (word & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
+        if use_random:
+            up = np.uint32(random[i])
+        else:
+            up = np.uint32(np.uint32(0x7FFF) + np.uint32((word >> np.uint32(16)) & np.uint32(1)))
+        nan = np.uint32(0x400000) if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else np.uint32(0)
+        rounded = np.uint32(word + up) if finite else np.uint32(word | nan)
+        target[begin + i] = np.uint16(rounded >> np.uint32(16))
+
+
+@_compile
+def _draw(out, start, begin, end, query, purpose, key0, key1):
+    """out[begin:end] of a range that starts at element `start`."""
+    z = np.empty(CHUNK, np.float32)
+    u = np.empty(CHUNK // 4, np.float32)
+    words = np.empty((4, CHUNK // 4), np.uint32)
+    element = start + begin
+    while element < start + end:
+        first = element - element % CHUNK
+        stop = min(first + CHUNK, start + end)
+        _noise_chunk(z, words, u, first, query, purpose, key0, key1)
+        for i in range(element, stop):
+            out[i - start] = z[i - first]
+        element = stop
+
+
+@_compile
+def _perturb(weight, plus, minus, begin, end, scale, query, purpose, key0, key1, wide):
+    z = np.empty(CHUNK, np.float32)
+    u = np.empty(CHUNK // 4, np.float32)
+    words = np.empty((4, CHUNK // 4), np.uint32)
+    value = np.empty(CHUNK, np.float32)
+    result = np.empty(CHUNK, np.float32)
+    unused = np.empty(0, np.uint16)
+    element = begin
+    while element < end:
+        first = element - element % CHUNK
+        count = min(first + CHUNK, end) - element
+        skip = element - first
+        _noise_chunk(z, words, u, first, query, purpose, key0, key1)
+        _load(value, weight, element, count, wide)
+        for i in range(count):
+            result[i] = value[i] + z[skip + i] * scale
+        _store(plus, element, result, count, wide, unused, False)
+        for i in range(count):
+            result[i] = value[i] - z[skip + i] * scale
+        _store(minus, element, result, count, wide, unused, False)
+        element += count
+
+
+@_compile
+def _update(
+    local, start, begin, end, gradient, gradient_weight, coefficients, lr, decay, purpose, key0, key1, wide, stochastic
+):
+    """local[begin:end] of a shard that starts at element `start`; gradient: float32, may be empty."""
+    z = np.empty(CHUNK, np.float32)
+    u = np.empty(CHUNK // 4, np.float32)
+    words = np.empty((4, CHUNK // 4), np.uint32)
+    value = np.empty(CHUNK, np.float32)
+    direction = np.empty(CHUNK, np.float32)
+    random = np.empty(CHUNK, np.uint16)
+    rounding = np.empty((4, CHUNK // 8), np.uint32)
+    stochastic = stochastic and not wide
+    element = start + begin
+    while element < start + end:
+        first = element - element % CHUNK
+        count = min(first + CHUNK, start + end) - element
+        skip = element - first
+        offset = element - start
+        if gradient.size > 0:
+            for i in range(count):
+                direction[i] = gradient[offset + i] * gradient_weight
+        else:
+            direction[:count] = np.float32(0.0)
+        for query in range(coefficients.size):
+            _noise_chunk(z, words, u, first, query, purpose, key0, key1)
+            coefficient = coefficients[query]
+            for i in range(count):
+                direction[i] = direction[i] + z[skip + i] * coefficient
+        _load(value, local, offset, count, wide)
+        for i in range(count):
+            value[i] = value[i] * decay - direction[i] * lr
+        if stochastic:
+            _philox_blocks(rounding, first // 8, CHUNK // 8, 0, ROUNDING, key0, key1)
+            for i in range(count):
+                position = skip + i
+                word = rounding[(position >> 1) & 3, position >> 3]
+                random[i] = np.uint16((word >> np.uint32(16 * (position & 1))) & np.uint32(0xFFFF))
+        _store(local, offset, value, count, wide, random, stochastic)
+        element += count
+
+
+@_compile
+def _digest(bits, start, begin, end):
+    """Sum modulo 2**64 of a mix of every element's bits and index: no order, no sharding in it."""
+    total = np.uint64(0)
+    for i in range(begin, end):
+        word = np.uint64(bits[i]) ^ (np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15))
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        total += word ^ (word >> np.uint64(31))
+    return total
+
+
+def _stored(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as unsigned integers of its width: a view, never a copy."""
+    flat = tensor.detach().view(-1)
+    if flat.dtype == torch.float32:
+        return flat.numpy().view(np.uint32)
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.int16).numpy().view(np.uint16)
+    raise TypeError(f"weights are {flat.dtype}: load the model in float32 or bfloat16")
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="addax-noise")
+
+
+def _split(numel: int, kernel) -> list:
+    """Run kernel(begin, end) over slices of [0, numel) on torch's number of threads."""
+    threads = torch.get_num_threads()
+    if threads == 1 or numel < _PARALLEL_FROM:
+        return [kernel(0, numel)]
+    size = -(-numel // (threads * CHUNK)) * CHUNK
+    slices = [(begin, min(begin + size, numel)) for begin in range(0, numel, size)]
+    return list(_pool(threads).map(lambda ends: kernel(*ends), slices))
+
+
+def _key(seed: int, name: str) -> tuple[np.uint32, np.uint32]:
+    low, high = key_of(seed, name)
+    return np.uint32(low), np.uint32(high)
+
+
+def draw(seed, name, start, stop, query, distribution, device) -> torch.Tensor:
+    """See `plain.draw`."""
+    out = torch.empty(stop - start)
+    memory, key, purpose = out.numpy(), _key(seed, name), PURPOSE[distribution]
+    _split(out.numel(), lambda begin, end: _draw(memory, start, begin, end, query, purpose, *key))
+    return out
+
+
+def perturb(
+    weight: torch.Tensor, scale: float, seed: int, name: str, query: int, distribution: Distribution
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `plain.perturb`."""
+    weight = weight.detach().contiguous()
+    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
+    memory = (_stored(weight), _stored(plus), _stored(minus))
+    key, purpose, wide = _key(seed, name), PURPOSE[distribution], weight.dtype == torch.float32
+    c = np.float32(scale)
+    _split(weight.numel(), lambda begin, end: _perturb(*memory, begin, end, c, query, purpose, *key, wide))
+    return plus, minus
+
+
+def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
+    """See `plain.update`."""
+    memory, wide = _stored(local), local.dtype == torch.float32
+    g = np.empty(0, np.float32) if gradient is None else gradient.detach().float().contiguous().view(-1).numpy()
+    coefficients = np.array(step.coefficients, np.float32)
+    scalars = np.float32(step.lr), np.float32(1.0 - step.lr * step.weight_decay)
+    weight, purpose, key = np.float32(step.gradient_weight), PURPOSE[step.distribution], _key(step.seed, name)
+    _split(
+        local.numel(),
+        lambda begin, end: _update(
+            memory, start, begin, end, g, weight, coefficients, *scalars, purpose, *key, wide, step.stochastic
+        ),
+    )
+
+
+def digest(local: torch.Tensor, start: int) -> int:
+    """Digest of a flat shard: a sum modulo 2**64, so the sums of the shards add up to the whole's."""
+    memory = _stored(local)
+    return sum(int(part) for part in _split(local.numel(), lambda begin, end: _digest(memory, start, begin, end))) % 2**64

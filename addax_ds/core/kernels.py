@@ -1,0 +1,51 @@
+"""The seam between the method and its backends: which kernels serve which memory."""
+
+import importlib
+from functools import cache
+
+import torch
+
+from addax_ds.core.noise import Distribution
+from addax_ds.core.plain import Step
+
+# Device type to the module with its kernels; every other device runs the plain torch operations.
+BACKENDS = {"cpu": "addax_ds.core.cpu"}
+
+
+@cache
+def _backend(device_type: str):
+    return importlib.import_module(BACKENDS.get(device_type, "addax_ds.core.plain"))
+
+
+def noise(
+    seed: int,
+    name: str,
+    start: int,
+    stop: int,
+    *,
+    query: int = 0,
+    distribution: Distribution = "normal",
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Noise of elements [start, stop) of the flattened parameter `name`: float32 [stop - start].
+
+    Exactly what a step with this seed uses (the seed stands in that step's metrics), whatever the
+    sharding, engine or dtype of the weights. Source: MeZO, algorithm 1 (z ~ N(0, I) from a seed),
+    with Philox4x32-10 indexed by element in place of a sequential generator.
+    """
+    device = torch.device(device)
+    return _backend(device.type).draw(seed, name, start, stop, query, distribution, device)
+
+
+def perturb(
+    weight: torch.Tensor, scale: float, seed: int, name: str, query: int, distribution: Distribution
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W + scale z, W - scale z) of a whole parameter; W is only read. See `plain.perturb`."""
+    return _backend(weight.device.type).perturb(weight, scale, seed, name, query, distribution)
+
+
+def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
+    """The fused update, in place on a flat shard. See `plain.update`."""
+    if gradient is not None:
+        gradient = gradient.to(local.device)
+    _backend(local.device.type).update(local, start, gradient, name, step)

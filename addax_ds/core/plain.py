@@ -1,0 +1,81 @@
+"""Perturbation and fused update in plain torch operations: the backend for any device.
+
+Every backend offers the three functions of this file with the same signatures and, operation for
+operation, the same rounding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from addax_ds.core.noise import Distribution, noise, rounding_bits
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step's update needs beside weights and gradients.
+
+    theta <- (1 - lr * weight_decay) * theta - lr * (gradient_weight * gradient + sum_q coefficients[q] * z_q)
+    """
+
+    seed: int
+    lr: float
+    weight_decay: float
+    gradient_weight: float
+    """(1 - alpha), times what turns the reduced gradient into the mean over the global batch."""
+    coefficients: tuple[float, ...]
+    """alpha * g0_q / Q, one per direction; empty without a zeroth-order part."""
+    distribution: Distribution
+    stochastic: bool
+    """Stochastic rounding to bfloat16; else to nearest. Float32 weights need neither."""
+
+
+def draw(seed, name, start, stop, query, distribution, device) -> torch.Tensor:
+    """Noise of elements [start, stop): float32 [stop - start] on `device`."""
+    return noise(seed, name, start, stop, query=query, distribution=distribution, device=device)
+
+
+def perturb(
+    weight: torch.Tensor, scale: float, seed: int, name: str, query: int, distribution: Distribution
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W + scale z, W - scale z) of a whole parameter, in its shape and dtype; W is only read.
+
+    The sum is taken in float32 and rounded once. `torch.add(w, z, alpha=scale)` on bfloat16 rounds
+    otherwise in its vector body than in its tail, so shards and wholes would differ.
+    """
+    z = noise(seed, name, 0, weight.numel(), query=query, distribution=distribution, device=weight.device)
+    step = (z * _float32(scale)).view(weight.shape)
+    wide = weight.float()
+    return (wide + step).to(weight.dtype), (wide - step).to(weight.dtype)
+
+
+def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
+    """The fused update, in place on a flat shard.
+
+    local: [n], float32 or bfloat16, elements [start, start + n) of the flattened parameter.
+    gradient: [n] of any float type, or None where the first-order part has none.
+    """
+    stop = start + local.numel()
+    device = local.device
+    direction = torch.zeros(local.numel(), device=device)
+    if gradient is not None:
+        direction = gradient.float() * _float32(step.gradient_weight)
+    for query, coefficient in enumerate(step.coefficients):
+        z = noise(step.seed, name, start, stop, query=query, distribution=step.distribution, device=device)
+        direction = direction + z * _float32(coefficient)
+    decay = _float32(1.0 - step.lr * step.weight_decay)
+    updated = local.float() * decay - direction * _float32(step.lr)
+    if local.dtype == torch.bfloat16 and step.stochastic:
+        updated = _round_stochastically(updated, rounding_bits(step.seed, name, start, stop, device))
+    local.copy_(updated)
+
+
+def _float32(x: float) -> float:
+    """Scalars take part as float32, as they do in compiled kernels."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def _round_stochastically(x: torch.Tensor, bits16: torch.Tensor) -> torch.Tensor:
+    """float32 to a value that bfloat16 holds: up with the probability of the part cut off."""
+    rounded = ((x.view(torch.int32) + bits16) & ~0xFFFF).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x)
