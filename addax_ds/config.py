@@ -7,10 +7,10 @@ fine-tuning run needs and is what a YAML file describes. Names are the paper's w
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, ValidationError
+from pydantic import BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from addax_ds.errors import UserError
@@ -21,6 +21,11 @@ _STRICT = ConfigDict(extra="forbid")
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _text_keys(labels: Any) -> Any:
+    """YAML reads the class 0 as a number; records are matched by text."""
+    return {str(key): word for key, word in labels.items()} if isinstance(labels, dict) else labels
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -77,7 +82,7 @@ class TaskConfig:
     """Python format string over the record's fields, for example "{text} It was"."""
     label: str | None = None
     """Field that holds the class."""
-    labels: dict[str, str] | None = None
+    labels: Annotated[dict[str, str] | None, BeforeValidator(_text_keys)] = None
     """Label words by class, with their leading space, for example {"0": " terrible"}."""
     completion: str | None = None
     """Field that holds the answer to generate (a string or a list of accepted strings)."""

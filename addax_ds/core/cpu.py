@@ -5,6 +5,7 @@ reorders nor contracts without fastmath. Each kernel walks its range in chunks t
 first-level cache and keeps Philox words as structure of arrays, which is what lets LLVM vectorise.
 """
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -245,14 +246,22 @@ def _digest(bits, start, begin, end):
     return total
 
 
-def _stored(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as unsigned integers of its width: a view, never a copy."""
-    flat = tensor.detach().view(-1)
-    if flat.dtype == torch.float32:
-        return flat.numpy().view(np.uint32)
-    if flat.dtype == torch.bfloat16:
-        return flat.view(torch.int16).numpy().view(np.uint16)
-    raise TypeError(f"weights are {flat.dtype}: load the model in float32 or bfloat16")
+def _memory(tensor: torch.Tensor, unit: type) -> np.ndarray:
+    """A contiguous tensor's memory as an array of ctypes `unit`: a view, never a copy.
+
+    By address, because `Tensor.numpy()` marks the storage as one that cannot be resized, and FSDP2
+    resizes the storage of gathered weights.
+    """
+    return np.ctypeslib.as_array((unit * tensor.numel()).from_address(tensor.data_ptr()))
+
+
+def _stored(weights: torch.Tensor) -> np.ndarray:
+    """The memory of weights as unsigned integers of their width."""
+    if weights.dtype == torch.float32:
+        return _memory(weights, ctypes.c_uint32)
+    if weights.dtype == torch.bfloat16:
+        return _memory(weights, ctypes.c_uint16)
+    raise TypeError(f"weights are {weights.dtype}: load the model in float32 or bfloat16")
 
 
 @cache
@@ -298,8 +307,12 @@ def perturb(
 
 def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
     """See `plain.update`."""
+    if local.numel() == 0:
+        return
     memory, wide = _stored(local), local.dtype == torch.float32
-    g = np.empty(0, np.float32) if gradient is None else gradient.detach().float().contiguous().view(-1).numpy()
+    # Kept by name: the array below is only a view of its memory.
+    gradient = None if gradient is None else gradient.detach().float().contiguous()
+    g = np.empty(0, np.float32) if gradient is None else _memory(gradient, ctypes.c_float)
     coefficients = np.array(step.coefficients, np.float32)
     scalars = np.float32(step.lr), np.float32(1.0 - step.lr * step.weight_decay)
     weight, purpose, key = np.float32(step.gradient_weight), PURPOSE[step.distribution], _key(step.seed, name)
@@ -313,5 +326,8 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
 
 def digest(local: torch.Tensor, start: int) -> int:
     """Digest of a flat shard: a sum modulo 2**64, so the sums of the shards add up to the whole's."""
+    if local.numel() == 0:
+        return 0
+    local = local.contiguous()
     memory = _stored(local)
     return sum(int(part) for part in _split(local.numel(), lambda begin, end: _digest(memory, start, begin, end))) % 2**64

@@ -85,8 +85,8 @@ def write_report(folder: Path) -> Path:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The results in `summary`, as a table for the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    """The results in `summary` (the content of summary.json), as a table for the terminal."""
+    table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _results(summary):
@@ -133,8 +133,9 @@ def _draw_loss(axes: Axes, run: _Run) -> None:
         axes.plot(run.x, values, "o", markersize=4, color=colour, alpha=0.3, markeredgewidth=0)
         _line(axes, run.x, _smoothed(values, window), colour, name)
     title = "Training loss" if window == 1 else f"Training loss (lines: mean over {window} steps)"
-    _finish(axes, title, "loss (nats per label token)")
-    _finish_steps(axes, run, "no finite loss")
+    _note_if_empty(axes, "no finite loss")
+    _mark_skipped(axes, run)
+    _finish_steps(axes, run, title, "loss (nats per label token)")
 
 
 def _draw_projected_gradient(axes: Axes, run: _Run) -> None:
@@ -151,8 +152,10 @@ def _draw_projected_gradient(axes: Axes, run: _Run) -> None:
         axes.set_ylim(-reach, reach)
     has_zo = any(record["g0"] for record in run.steps)
     empty = "no finite projected gradient" if has_zo else "no zeroth-order part in this run (alpha = 0)"
-    _finish(axes, "Projected gradient $g_0$ of each step", "$g_0$ (change of loss per unit of z)")
-    _finish_steps(axes, run, empty)
+    _note_if_empty(axes, empty)
+    _mark_skipped(axes, run)
+    title = "Projected gradient $g_0$ of each step"
+    _finish_steps(axes, run, title, "$g_0$ (change of loss per unit of z)")
 
 
 def _draw_score(axes: Axes, run: _Run) -> None:
@@ -167,16 +170,15 @@ def _draw_score(axes: Axes, run: _Run) -> None:
             axes.axhline(before, color=colour, linestyle=":", label=f"zero-shot {_words(name)}")
         axes.plot(list(points), list(points.values()), "o-", color=colour, label=_words(name))
         for step in points if len(points) <= 10 else (min(points), max(points)):
-            # A rising curve leaves room above to the left and below to the right.
-            below = step == 0 or name == "exact_match"
-            offset, side = ((4, -14), "left") if below else ((-2, 6), "right")
-            at = {"xytext": offset, "textcoords": "offset points", "ha": side}
+            # A rising curve leaves room above to the left and below to the right; F1 is above exact match.
+            offset, side = ((4, -14), "left") if name == "exact_match" else ((-2, 6), "right")
+            at: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side}
             axes.annotate(_score(points[step]), (step, points[step]), **at)
     axes.margins(y=0.2)
     name = _words(run.summary["metric_name"])
     title = f"Held-out {name} before, during and after training"
-    _finish(axes, title, "score (0 to 1)")
-    _finish_steps(axes, run, f"{name} was not evaluated")
+    _note_if_empty(axes, f"{name} was not evaluated")
+    _finish_steps(axes, run, title, "score (0 to 1)", margin=0.09)  # the outermost labels need the room
 
 
 def _draw_lengths(axes: Axes, run: _Run) -> None:
@@ -201,10 +203,10 @@ def _draw_lengths(axes: Axes, run: _Run) -> None:
         axes.axvline(lt + 0.5, color=_INK, linestyle="--")
         axes.margins(y=0.15)  # room for the label above the bars
         offset, side = ((6, -4), "left") if lt < edges.mean() else ((-6, -4), "right")
-        at = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "top"}
+        at: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "top"}
         axes.annotate(f"$L_T$ = {lt} tokens", (lt + 0.5, 1), xycoords=axes.get_xaxis_transform(), **at)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    _finish(axes, title, "samples", x="length (tokens, after the template)")
+    _finish(axes, title, "length (tokens, after the template)", "samples")
 
 
 def _draw_memory(axes: Axes, run: _Run) -> None:
@@ -212,10 +214,9 @@ def _draw_memory(axes: Axes, run: _Run) -> None:
     own = np.array([record["memory_bytes"] for record in run.steps], dtype=float)
     scale, unit = _byte_unit(max(peak, own.max()))
     _line(axes, run.x, own / scale, _OTHER, "rank 0, up to this step")
-    axes.axhline(peak / scale, color=_INK, linestyle=":", label=f"the fullest rank, {_size(peak)}")
+    axes.axhline(peak / scale, color=_INK, linestyle=":", label=f"peak of all ranks, {_size(peak)}")
     axes.set_ylim(0, 1.15 * max(peak, own.max()) / scale or 1.0)
-    _finish(axes, "Peak memory", f"memory ({unit})")
-    _finish_steps(axes, run, "no memory measured")
+    _finish_steps(axes, run, "Peak memory", f"memory ({unit})")
 
 
 _PLOTS: dict[str, tuple[Callable[[Axes, _Run], None], str]] = {
@@ -226,9 +227,10 @@ _PLOTS: dict[str, tuple[Callable[[Axes, _Run], None], str]] = {
     ),
     "loss": (
         _draw_loss,
-        "Both lines should fall. The zeroth-order line is the loss of the perturbed weights on the longer "
-        "samples, the first-order line that of the weights themselves on the shorter ones, so their heights "
-        "need not agree. A cross at the bottom is a step that was skipped because a number was not finite.",
+        "A line should fall. The zeroth-order line is the loss of the perturbed weights on the zeroth-order "
+        "batch, the first-order line that of the weights themselves on the first-order batch, so their "
+        "heights need not agree. A cross at the bottom is a step that was skipped because a number was not "
+        "finite.",
     ),
     "projected_gradient": (
         _draw_projected_gradient,
@@ -237,8 +239,9 @@ _PLOTS: dict[str, tuple[Callable[[Axes, _Run], None], str]] = {
     ),
     "lengths": (
         _draw_lengths,
-        "Samples longer than L_T train by forward passes alone, the others with back-propagation, "
-        "so L_T bounds the memory that activations take.",
+        "With a length split, samples longer than L_T train by forward passes alone and the others with "
+        "back-propagation, so that L_T bounds the memory of activations. Without one, any sample may do "
+        "either.",
     ),
     "memory": (
         _draw_memory,
@@ -270,7 +273,26 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> 
     axes.plot(x, y, color=colour, linewidth=2, marker=marker, label=label)
 
 
-def _finish(axes: Axes, title: str, y: str, x: str = "step") -> None:
+def _note_if_empty(axes: Axes, why: str) -> None:
+    if not axes.has_data():
+        axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", fontsize=13)
+        axes.set_yticks([])
+
+
+def _mark_skipped(axes: Axes, run: _Run) -> None:
+    steps = [record["step"] for record in run.steps if record["skipped"]]
+    if steps:  # at the bottom, since what is not finite has no height of its own
+        label, bottom = f"skipped steps: {len(steps):,}", axes.get_xaxis_transform()
+        axes.plot(steps, [0.03] * len(steps), "x", color=_INK, transform=bottom, label=label)
+
+
+def _finish_steps(axes: Axes, run: _Run, title: str, y: str, margin: float = 0.04) -> None:
+    last = run.x[-1]
+    axes.set_xlim(-margin * last, (1 + margin) * last)
+    _finish(axes, title, "step", y)
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     if axes.get_legend_handles_labels()[1]:
@@ -304,10 +326,10 @@ def _size(count: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if not seconds >= 3600:
-        return f"{seconds:.3g} s" if not seconds >= 100 else f"{seconds:.0f} s"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
-    return f"{seconds:,.0f} s ({minutes // 60} h {minutes % 60} min)"
+    return f"{seconds:,.0f} s" + (f" ({minutes // 60} h {minutes % 60} min)" if minutes >= 60 else "")
 
 
 def _setting(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,263 @@
+"""Lanes: several forwards that share one gather of every weight.
+
+A **guest** is a no-grad forward of a skeleton on a thread of its own, with strict hand-over: one
+thread runs at a time. Before a module that owns weights a guest parks until the weights are
+gathered, then builds its own copy W + c z for that module's forward and drops it afterwards.
+Gathered weights and shards are only read, so there is nothing to restore.
+
+The **host** is the user's model itself and knows nothing of all this: `Lanes.advance`, called
+when a unit of the host is gathered, runs every guest as far as the gathered weights reach.
+Without a host `Lanes.drive` gathers unit by unit what the guests ask for.
+"""
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from addax_ds.core.kernels import perturb
+from addax_ds.core.noise import Distribution
+from addax_ds.core.skeleton import duplicate, link_buffers, owned_weights
+
+
+class Weights(Protocol):
+    """What guests need of an engine."""
+
+    def trainable(self, name: str) -> bool:
+        """Whether the parameter is perturbed and updated."""
+        ...
+
+    def is_gathered(self, path: str) -> bool:
+        """Whether every weight that the module at `path` owns is whole in memory."""
+        ...
+
+    def weight(self, path: str, local: str) -> torch.Tensor:
+        """The gathered weight `local` of the module at `path`, to be read only."""
+        ...
+
+    def gather(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Gather the unit of the module at `path` for the length of the context (a collective)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One point theta + scale * sign * z of a step: scale 0 is theta itself."""
+
+    seed: int = 0
+    query: int = 0
+    sign: int = 0
+    scale: float = 0.0
+    distribution: Distribution = "normal"
+
+
+@dataclass
+class Job:
+    """A forward to run as a guest, and what came of it."""
+
+    run: Callable[[nn.Module], Any]
+    """Called with the guest's model; returns what the caller wants to keep, no logits."""
+    perturbation: Perturbation = field(default_factory=Perturbation)
+    result: Any = None
+    error: BaseException | None = None
+
+
+class _Stopped(BaseException):
+    """Unwinds a parked guest whose step has been given up."""
+
+
+class _Guest:
+    """A worker thread with a skeleton of its own; idle between steps."""
+
+    def __init__(self, skeleton: nn.Module, fetch: Callable) -> None:
+        self.skeleton = skeleton
+        self.fetch = fetch
+        self.job: Job | None = None
+        self.need: str | None = None  # path of the module whose weights it waits for
+        self.visited = 0  # modules entered in this job
+        self._go = threading.Semaphore(0)
+        self._back = threading.Semaphore(0)
+        self._stopping = False
+        for path, module, owned in owned_weights(skeleton):
+            module.register_forward_pre_hook(self._enter(path, owned), prepend=True, with_kwargs=True)
+            module.register_forward_hook(self._leave(dict(module._parameters)), prepend=True, always_call=True)
+        # Daemon: a parked thread must never keep a failing process alive.
+        threading.Thread(target=self._work, name="addax-guest", daemon=True).start()
+
+    def _enter(self, path: str, owned: dict[str, str]) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.visited += 1
+            self.need = path
+            self._back.release()
+            self._go.acquire()
+            if self._stopping:
+                raise _Stopped
+            self.need = None
+            module._parameters.update(self.fetch(self.job.perturbation, path, owned))
+
+        return hook
+
+    def _leave(self, absent: dict[str, Any]) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            module._parameters.update(absent)
+
+        return hook
+
+    def begin(self, job: Job, settings: "_HostSettings") -> None:
+        """Start a job and run it up to its first weight."""
+        self.job, self.visited, self._settings = job, 0, settings
+        self.resume()
+
+    def resume(self) -> None:
+        """Let the guest run until it parks again or is done."""
+        self._go.release()
+        self._back.acquire()
+
+    def stop(self) -> None:
+        """Unwind a parked job."""
+        self._stopping = True
+        self.resume()
+        self._stopping = False
+
+    def close(self) -> None:
+        """End the thread of an idle guest."""
+        self.job = None
+        self._go.release()
+
+    def _work(self) -> None:
+        while True:
+            self._go.acquire()
+            job = self.job
+            if job is None:
+                return
+            try:
+                job.result = self._settings.run(lambda: job.run(self.skeleton))
+            except BaseException as error:  # noqa: BLE001 - carried over to the host's thread
+                job.error = error
+            self.job = self.need = None
+            del job
+            self._back.release()
+
+
+class _HostSettings:
+    """What torch and contextvars keep per thread, taken from the host's thread for its guests."""
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        self._autocast = [
+            (device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)
+        ]
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device, dtype in self._autocast:
+                # No weight cache: a guest's weights live for one module only.
+                stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.stream(self._stream))
+            return self._context.copy().run(forward)
+
+
+class Lanes:
+    """The guests of one model; their threads and skeletons are kept between steps."""
+
+    def __init__(self, model: nn.Module, skeleton: nn.Module, weights: Weights) -> None:
+        self._model = model
+        self._skeleton = skeleton
+        self._weights = weights
+        self._idle: list[_Guest] = []
+        self._running: list[_Guest] = []
+        self._jobs: list[Job] = []
+        # The copies of the module and direction at hand: {parameter name: (plus, minus)}.
+        self._scratch_of: tuple | None = None
+        self._scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def start(self, jobs: list[Job]) -> None:
+        """Begin every job; each runs up to the first weight it needs."""
+        settings = _HostSettings()
+        self._jobs = jobs
+        try:
+            for job in jobs:
+                if not self._idle:
+                    self._idle.append(_Guest(duplicate(self._skeleton), self._fetch))
+                guest = self._idle.pop()
+                link_buffers(guest.skeleton, self._model)
+                self._running.append(guest)
+                guest.begin(job, settings)
+            self._collect()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def advance(self) -> None:
+        """Run the guests until each is done or waits for a weight that is not gathered.
+
+        The guest that waits for the copies at hand goes first, then the one that is furthest
+        behind: so all guests take a module together and its noise is drawn once a direction.
+        """
+        while ready := [guest for guest in self._running if self._weights.is_gathered(guest.need)]:
+            guest = min(ready, key=lambda guest: (self._key(guest) != self._scratch_of, guest.visited))
+            guest.resume()
+            self._collect()
+        self._scratch_of, self._scratch = None, {}
+
+    def drive(self) -> None:
+        """Finish the guests by gathering what they ask for, unit by unit (collectives)."""
+        while self._running:
+            behind = min(self._running, key=lambda guest: guest.visited)
+            with self._weights.gather(behind.need):
+                self.advance()
+
+    def abandon(self) -> None:
+        """Unwind every guest that is not done, after a failure."""
+        for guest in self._running:
+            if guest.need is not None:
+                guest.stop()
+        self._idle += self._running
+        self._running = []
+        self._scratch_of, self._scratch = None, {}
+
+    def close(self) -> None:
+        """End the guests' threads."""
+        self.abandon()
+        for guest in self._idle:
+            guest.close()
+        self._idle = []
+
+    def _key(self, guest: _Guest) -> tuple:
+        return guest.need, guest.job.perturbation.query
+
+    def _collect(self) -> None:
+        """Retire guests that are done; the first error unwinds all and is raised here."""
+        self._idle += [guest for guest in self._running if guest.need is None]
+        self._running = [guest for guest in self._running if guest.need is not None]
+        for job in self._jobs:
+            if job.error is not None:
+                self.abandon()
+                raise job.error
+
+    def _fetch(self, perturbation: Perturbation, path: str, owned: dict[str, str]) -> dict[str, torch.Tensor]:
+        """Weights of one module at the guest's point: the gathered ones, or copies moved by scale * z."""
+        if perturbation.sign == 0:
+            return {local: self._weights.weight(path, local).detach() for local in owned}
+        key = (path, perturbation.query)
+        if key != self._scratch_of:
+            self._scratch_of, self._scratch = key, {}
+        fetched = {}
+        for local, name in owned.items():
+            weight = self._weights.weight(path, local).detach()
+            if self._weights.trainable(name):
+                if name not in self._scratch:
+                    p = perturbation
+                    self._scratch[name] = perturb(weight, p.scale, p.seed, name, p.query, p.distribution)
+                weight = self._scratch[name][0 if perturbation.sign > 0 else 1]
+            fetched[local] = weight
+        return fetched

@@ -1,0 +1,77 @@
+"""Skeletons: a model's module tree without its parameters, which guests run through."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+class Absent(torch.Tensor):
+    """Stands for a weight outside its module's forward: answers shape, dtype and device only.
+
+    A meta tensor in its place would not fail but silently give meta results.
+    """
+
+    @staticmethod
+    def __new__(cls, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+        absent = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        absent.weight_name = name
+        return absent
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+        absent = next((arg for arg in args if isinstance(arg, Absent)), None)
+        name = absent.weight_name if absent is not None else "a weight"
+        raise RuntimeError(
+            f"{name} is read outside the forward of the module that owns it ({function}); zeroth-order "
+            "forwards hold a weight only there: have the loss function call that module"
+        )
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """A deep copy of `model` in evaluation mode, with placeholders for parameters and shared buffers.
+
+    Take it before the model is sharded: FSDP2 modules cannot be copied, and what engines hang on
+    modules is not for guests.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters():
+        # ZeRO-3's parameters keep their whole shape aside once they are partitioned.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        memo[id(parameter)] = Absent(name, shape, parameter.dtype, parameter.device)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo).eval()
+
+
+def duplicate(skeleton: nn.Module) -> nn.Module:
+    """Another skeleton like this one, for another guest: modules of its own, shared placeholders and buffers."""
+    memo: dict[int, object] = {id(p): p for module in skeleton.modules() for p in module._parameters.values()}
+    memo.update({id(buffer): buffer for buffer in skeleton.buffers()})
+    return copy.deepcopy(skeleton, memo)
+
+
+def owned_weights(skeleton: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
+    """(module path, module, {local name: parameter name}) of every module that owns parameters itself.
+
+    The parameter name is the first under which `named_parameters` lists it, so that tied weights
+    have one name.
+    """
+    for path, module in skeleton.named_modules():
+        owned = {local: p.weight_name for local, p in module._parameters.items() if p is not None}
+        if owned:
+            yield path, module, owned
+
+
+def link_buffers(skeleton: nn.Module, model: nn.Module) -> None:
+    """Point the skeleton at the model's present buffers, which `model.to()` may have replaced."""
+    targets = dict(skeleton.named_modules())
+    for path, module in model.named_modules():
+        target = targets.get(path)
+        if target is not None:
+            target._buffers.update(module._buffers)

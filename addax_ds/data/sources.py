@@ -1,0 +1,129 @@
+"""Where records come from: embedded data, a local file, or a dataset of the hub.
+
+A data setting is one of
+  movies                         embedded data, by name
+  reviews.jsonl, reviews.csv     a local file, one record a line; a CSV file names its fields in line 1
+  ID, ID:SPLIT, ID:CONFIG:SPLIT  a dataset id of the hub or a local dataset folder, read by the `datasets`
+                                 library; the split is "train" unless given. Example: nyu-mll/glue:sst2:train
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from addax_ds.config import TaskConfig
+from addax_ds.data.embedded import EMBEDDED_DATA, prepare_data
+from addax_ds.data.shuffle import permutation
+from addax_ds.errors import UserError
+
+Record = dict[str, Any]
+
+_SPLIT_STREAM = 0  # batches use the other streams of the seed
+
+
+def load_records(data: str) -> tuple[list[Record], TaskConfig | None]:
+    """All records that `data` names (see the top of this file), in order, and the task they bring.
+
+    Only embedded data brings a task. Raises `UserError` for a path that does not exist, a file that
+    cannot be read (naming the line), records that are no objects, and data without records.
+    """
+    if data in EMBEDDED_DATA:
+        return _read_jsonl(prepare_data(data)), EMBEDDED_DATA[data].task
+    path = Path(data).expanduser()
+    try:
+        if path.suffix == ".jsonl":
+            records = _read_jsonl(path)
+        elif path.suffix == ".csv":
+            records = _read_csv(path)
+        else:
+            records = _read_dataset(data)
+    except OSError as error:
+        raise UserError(f"{data}: {error.strerror}: give a file that can be read") from None
+    if not records:
+        raise UserError(f"{data}: holds no records")
+    return records, None
+
+
+def split_records(
+    records: list[Record], train_samples: int | None, eval_samples: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(train, held out): the first and the last records of one shuffle, without overlap.
+
+    `train_samples` None takes all that are not held out; either number may be 0. The held-out
+    records depend on `seed` and `eval_samples` only. Raises `UserError` when there are too few.
+    """
+    remaining = len(records) - eval_samples
+    count = remaining if train_samples is None else train_samples
+    if remaining < (1 if train_samples is None else count):
+        wanted = "train_samples" if train_samples is None else f"train_samples={train_samples}"
+        raise UserError(
+            f"{len(records)} records are too few for {wanted} and eval_samples={eval_samples}: lower them"
+        )
+    order = [records[index] for index in permutation(len(records), seed, _SPLIT_STREAM)]
+    return order[:count], order[remaining:]
+
+
+def _read_jsonl(path: Path) -> list[Record]:
+    records = []
+    # As bytes: an undecodable byte is then an error of its line, too.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}): mend the line") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number}: a record is an object in braces: mend the line")
+            records.append(record)
+    return records
+
+
+def _read_csv(path: Path) -> list[Record]:
+    records = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, [])
+            if len(set(header)) != len(header):
+                raise UserError(f"{path}, line 1: a field name stands twice: rename one")
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise UserError(
+                        f"{path}, line {rows.line_num}: {len(row)} values for {len(header)} fields: "
+                        "quote values that hold a comma or a line break"
+                    )
+                if row:
+                    records.append(dict(zip(header, row, strict=True)))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: not CSV ({error}): mend the line") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 (byte {error.start}): save the file as UTF-8") from None
+    return records
+
+
+def _read_dataset(data: str) -> list[Record]:
+    name, *parts = data.split(":")
+    if len(parts) > 2 or not all([name, *parts]):
+        raise UserError(f"{data}: a dataset is written ID, ID:SPLIT or ID:CONFIG:SPLIT")
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"{data}: data files are .jsonl or .csv: convert it")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{data}: no such file or folder")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{data}: reading it needs the datasets library: pip install datasets") from None
+    split = parts[-1] if parts else "train"
+    config = parts[0] if len(parts) == 2 else None
+    try:
+        return list(datasets.load_dataset(str(path) if path.is_dir() else name, config, split=split))
+    except Exception as error:  # the library, the hub client and the HTTP stack share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        known = ", ".join(EMBEDDED_DATA)
+        raise UserError(
+            f"{data}: no embedded data ({known}), no local path, no dataset that could be loaded: {reason}"
+        ) from None

@@ -1,0 +1,1 @@
+"""One file per way of sharding a model; each implements the protocol of `base.py`."""

@@ -1,0 +1,103 @@
+"""What the optimizer asks of whatever holds the weights.
+
+An engine hands out shards, gathers weights, tells when a unit of the host is gathered, and brings
+each reduced gradient to its shard. It knows nothing of the method, of data or of files.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from addax_ds.core.shard import Shard
+from addax_ds.core.skeleton import owned_weights
+
+OnGradient = Callable[[str, torch.Tensor], None]
+"""Called with a parameter's name and this rank's part [n] of its summed gradient."""
+
+
+class Engine(ABC):
+    """Common ground of the engines: names, ranks and the scalar all-reduce."""
+
+    name: str
+
+    def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
+        self.model = model
+        self.skeleton = skeleton
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self._modules = dict(model.named_modules())
+        self.owners = {path: owned for path, _, owned in owned_weights(skeleton)}
+        self.names = list(dict.fromkeys(name for owned in self.owners.values() for name in owned.values()))
+        self.trainable_names: set[str] = set()
+
+    def trainable(self, name: str) -> bool:
+        """Whether the parameter is perturbed and updated."""
+        return name in self.trainable_names
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where batches and activations live."""
+
+    @abstractmethod
+    def is_gathered(self, path: str) -> bool:
+        """Whether every weight that the module at `path` owns is whole in memory."""
+
+    @abstractmethod
+    def weight(self, path: str, local: str) -> torch.Tensor:
+        """The gathered weight `local` of the module at `path`, to be read only."""
+
+    @abstractmethod
+    def gather(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Gather the unit of the module at `path` for the length of the context (a collective)."""
+
+    @abstractmethod
+    def shard(self, name: str) -> Shard:
+        """This rank's range of a parameter, as memory that can be written."""
+
+    @abstractmethod
+    def whole(self, name: str) -> torch.Tensor:
+        """A copy of the whole parameter in its shape, on every rank (a collective)."""
+
+    @abstractmethod
+    def attach(self, parameters: dict[str, nn.Parameter], gathered: Callable[[], None], on_gradient: OnGradient):
+        """Install the hooks of the host.
+
+        parameters: the trainable ones by name. gathered: called each time a unit of the host's
+        forward is gathered. on_gradient: called in the backward as each gradient leaves its
+        reduction, which sums over ranks; the whole gradient is freed before the next layer's.
+        """
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Remove every hook."""
+
+    def before_step(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """Called before the forwards of a step; raises where a setting would spoil it."""
+
+    def after_step(self, backward_ran: bool) -> None:  # noqa: B027
+        """Called after the last write of a step: gathered copies of old weights must go."""
+
+    def is_primary_copy(self) -> bool:
+        """Whether this rank's shards are counted in sums over all ranks (false for further replicas)."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks of a vector on the CPU (one all-reduce)."""
+        if self.world_size == 1:
+            return values
+        moved = values.to(self.device)
+        dist.all_reduce(moved)
+        return moved.cpu()
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's range of every parameter, frozen ones included."""
+        return (self.shard(name) for name in self.names)
+
+    def parameters_of(self, path: str) -> dict[str, str]:
+        """{local name: parameter name} of what the module at `path` owns."""
+        return self.owners[path]

@@ -1,0 +1,230 @@
+"""FSDP2: `fully_shard` on a device mesh, one or two dimensions (HSDP)."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from addax_ds.core.shard import Shard
+from addax_ds.core.skeleton import strip
+from addax_ds.engines.base import Engine, OnGradient
+from addax_ds.errors import UserError
+
+_SKELETON = "_addax_skeleton"
+_UNITS = "_addax_units"
+
+
+def units_of(model: nn.Module) -> list[list[str]]:
+    """Module paths of every FSDP unit: each repeated block, then what stands outside of blocks.
+
+    Embedding, final norm and head must be units of their own: the root's post-backward runs last,
+    so whatever the root owned would keep its whole gradient alive through the backward. Modules
+    that share a weight form one unit.
+    """
+    blocks: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") for block in blocks):
+            blocks += [f"{path}.{name}" for name, child in module.named_children() if any(True for _ in child.parameters())]
+
+    outside: list[str] = []
+
+    def collect(path: str, module: nn.Module) -> None:
+        inside = f"{path}." if path else ""
+        if path in blocks or not any(True for _ in module.parameters()):
+            return
+        if path and not any(block.startswith(inside) for block in blocks):
+            outside.append(path)
+            return
+        for name, child in module.named_children():
+            collect(inside + name, child)
+
+    collect("", model)
+    units: list[list[str]] = [[block] for block in dict.fromkeys(blocks)]
+    holder: dict[int, list[str]] = {id(p): unit for unit in units for p in model.get_submodule(unit[0]).parameters()}
+    for path in outside:
+        parameters = list(model.get_submodule(path).parameters())
+        shared = next((holder[id(p)] for p in parameters if id(p) in holder), None)
+        unit = shared if shared is not None else []
+        if shared is None:
+            units.append(unit)
+        unit.append(path)
+        holder.update({id(p): unit for p in parameters})
+    return units
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Module:
+    """Wrap `model` for Addax with FSDP2, in place, and return it.
+
+    mesh: one dimension shards over all ranks; two are (replicate, shard), HSDP. Options such as
+    `offload_policy` go to every `fully_shard` call. Embedding, every block, norm and head become
+    units of their own, modules with tied weights one unit together. Raises `UserError` where the
+    model is already wrapped.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UserError("the model is already wrapped by fully_shard: give addax_ds.shard the plain model")
+    refuse_fsdp1(model)
+    skeleton = strip(model)
+    units = units_of(model)
+    for paths in units:
+        modules = [model.get_submodule(path) for path in paths]
+        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, **fully_shard_options)
+    fully_shard(model, mesh=mesh, **fully_shard_options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are weighted over the global batch already, so gradients are summed.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    # Beside the module's own attributes: a skeleton is no submodule of the model.
+    model.__dict__[_SKELETON], model.__dict__[_UNITS] = skeleton, units
+    return model
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """FSDP1 flattens parameters together and never fires their hooks."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise UserError("FSDP1 (FullyShardedDataParallel) is not supported: wrap the model with addax_ds.shard")
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """The skeleton that `shard` took before wrapping."""
+    if _SKELETON not in model.__dict__:
+        raise UserError("the model was wrapped by fully_shard itself: wrap the plain model with addax_ds.shard")
+    return model.__dict__[_SKELETON]
+
+
+class FSDP(Engine):
+    """A model wrapped by `addax_ds.shard`."""
+
+    name = "fsdp"
+
+    def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
+        super().__init__(model, skeleton)
+        self._units = [[model.get_submodule(path) for path in paths] for paths in model.__dict__[_UNITS]]
+        self._unit_of = {}
+        for paths, modules in zip(model.__dict__[_UNITS], self._units, strict=True):
+            for owner in self.owners:
+                if any(owner == path or owner.startswith(f"{path}.") for path in paths):
+                    self._unit_of[owner] = modules[0]
+        # What no unit holds stays with the root.
+        for owner in self.owners:
+            self._unit_of.setdefault(owner, model)
+        self._first_owner = {}
+        for path, owned in self.owners.items():
+            for local, name in owned.items():
+                self._first_owner.setdefault(name, (self._modules[path], local))
+        self._hooked: dict[str, nn.Parameter] = {}
+        self._handles: list = []
+        parameter = self._registered(self.names[0])
+        self._mesh = parameter.device_mesh
+        self._device = torch.device(self._mesh.device_type)
+        # The engine's units take the root's state at the first forward; guests may come before it.
+        model._get_fsdp_state()._lazy_init()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self._device.type == "cuda" else self._device
+
+    def is_primary_copy(self) -> bool:
+        return self._mesh.ndim == 1 or self._mesh.get_local_rank(0) == 0
+
+    def _registered(self, name: str) -> torch.Tensor:
+        """The parameter as its module holds it now: FSDP2 swaps it at every (un)shard."""
+        module, local = self._first_owner[name]
+        return module._parameters[local]
+
+    def is_gathered(self, path: str) -> bool:
+        parameters = self._modules[path]._parameters
+        return not any(isinstance(parameters[local], DTensor) for local in self.owners[path])
+
+    def weight(self, path: str, local: str) -> torch.Tensor:
+        return self._modules[path]._parameters[local]
+
+    @contextlib.contextmanager
+    def gather(self, path: str):
+        unit = self._unit_of[path]
+        unit.unshard()
+        try:
+            yield
+        finally:
+            unit.reshard()
+
+    def shard(self, name: str) -> Shard:
+        parameter = self._registered(name)
+        if not isinstance(parameter, DTensor):
+            raise RuntimeError(f"{name} is gathered: its shard cannot be taken now")
+        local = parameter._local_tensor.detach()
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        row = parameter.numel() // parameter.shape[0] if parameter.ndim and parameter.shape[0] else 1
+        start = min(offset[0] * row, parameter.numel()) if parameter.ndim else 0
+        return Shard(name, parameter.numel(), start, local.view(-1))
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self._registered(name).full_tensor().detach().clone()
+
+    def attach(self, parameters: dict[str, nn.Parameter], gathered: Callable[[], None], on_gradient: OnGradient):
+        for modules in self._units:
+            for module in modules:
+                # Registered after wrapping, so that it runs with the unit gathered.
+                self._handles.append(module.register_forward_pre_hook(lambda *_: gathered()))
+        for name, parameter in parameters.items():
+            self._hooked[name] = parameter
+            # FSDP2 itself calls these hooks of the sharded parameter right after the reduce-scatter.
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._take(name, on_gradient)))
+
+    def _take(self, name: str, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            on_gradient(name, gradient._local_tensor.view(-1))
+
+        return hook
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooked = [], {}
+
+    def before_step(self) -> None:
+        for name, parameter in self._hooked.items():
+            if self._registered(name) is not parameter and isinstance(self._registered(name), DTensor):
+                raise UserError(
+                    f"{name} was replaced after the optimizer was built (load_state_dict(assign=True) does that) "
+                    "and would no longer be trained: build Addax again"
+                )
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                self._check(module)
+
+    def _check(self, module: FSDPModule) -> None:
+        for group in _parameter_groups(module):
+            if not group.reduce_grads:
+                raise UserError(
+                    "set_requires_gradient_sync(False) (accelerate's no_sync) would drop gradients in silence: "
+                    "leave it on; train_step cuts batches into micro-batches itself"
+                )
+            if not group.reshard_after_backward:
+                raise UserError(
+                    "set_reshard_after_backward(False) would leave old weights gathered: leave it at True"
+                )
+
+    def after_step(self, backward_ran: bool) -> None:
+        # A forward without its backward leaves units gathered and listed for a prefetch.
+        if not backward_ran and self._forward_ran():
+            self.model.reset_iter_state()
+
+    def _forward_ran(self) -> bool:
+        return self.model._get_fsdp_state()._is_root is not None
+
+
+def _parameter_groups(module: FSDPModule) -> list:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]

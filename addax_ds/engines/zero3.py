@@ -1,0 +1,116 @@
+"""DeepSpeed ZeRO-3: every flattened parameter is split over the ranks.
+
+The weights live in what DeepSpeed builds for stage 3 without an optimizer (no float32 master, no
+gradient buffer). Names of DeepSpeed's internals in this file were checked against version 0.19.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+from addax_ds.core.shard import Shard
+from addax_ds.engines.base import Engine, OnGradient
+from addax_ds.engines.fsdp import units_of
+
+
+class Zero3(Engine):
+    """A model whose parameters DeepSpeed has partitioned."""
+
+    name = "zero3"
+
+    def __init__(self, model: nn.Module, skeleton: nn.Module, offload: DeepSpeedZeRoOffload, device: torch.device) -> None:
+        super().__init__(model, skeleton)
+        self._offload = offload
+        self._device = device
+        # Captured once: reading module._parameters inside a forward makes DeepSpeed register the
+        # parameter as external and keep it gathered for ever.
+        named = dict(model.named_parameters())
+        self._parameters = {name: named[name] for name in self.names}
+        self._owned = {
+            path: [self._parameters[name] for name in dict.fromkeys(owned.values())] for path, owned in self.owners.items()
+        }
+        self._unit_of: dict[str, list[nn.Parameter]] = {}
+        for paths in units_of(model):
+            members = [owner for owner in self.owners if any(owner == p or owner.startswith(f"{p}.") for p in paths)]
+            unit = list({id(p): p for owner in members for p in self._owned[owner]}.values())
+            self._unit_of.update(dict.fromkeys(members, unit))
+        for owner in self.owners:
+            self._unit_of.setdefault(owner, self._owned[owner])
+        self._handles: list = []
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def is_gathered(self, path: str) -> bool:
+        return all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in self._owned[path])
+
+    def weight(self, path: str, local: str) -> torch.Tensor:
+        return self._parameters[self.owners[path][local]].data
+
+    @contextlib.contextmanager
+    def gather(self, path: str):
+        with deepspeed.zero.GatheredParameters(self._unit_of[path]):
+            yield
+
+    def shard(self, name: str) -> Shard:
+        parameter = self._parameters[name]
+        size = parameter.ds_tensor.ds_numel
+        start = min(size * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
+        # The last ranks' parts end in padding, which is nobody's weight.
+        length = min(size, parameter.ds_numel - start)
+        return Shard(name, parameter.ds_numel, start, parameter.ds_tensor.data.narrow(0, 0, length))
+
+    def is_primary_copy(self) -> bool:
+        return True
+
+    def whole(self, name: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.detach().clone()
+
+    def attach(self, parameters: dict[str, nn.Parameter], gathered: Callable[[], None], on_gradient: OnGradient):
+        for path in self.owners:
+            # Registered after DeepSpeed's own, so that it runs with the module's weights gathered.
+            self._handles.append(self._modules[path].register_forward_pre_hook(lambda *_: gathered()))
+        for name in parameters:
+            parameter = self._parameters[name]
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._reduce(name, on_gradient)))
+
+    def _reduce(self, name: str, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel
+            whole = gradient.reshape(-1)
+            padding = size * dist.get_world_size(group) - whole.numel()
+            if padding:
+                whole = nn.functional.pad(whole, (0, padding))
+            part = whole
+            if dist.get_world_size(group) > 1:
+                part = whole.new_empty(size)
+                dist.reduce_scatter_tensor(part, whole, group=group)
+            on_gradient(name, part[: self.shard(name).local.numel()])
+
+        return hook
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before_step(self) -> None:
+        self._drop_gathered()
+
+    def after_step(self, backward_ran: bool) -> None:
+        self._drop_gathered()
+
+    def _drop_gathered(self) -> None:
+        # What is still gathered is not gathered again: persistent parameters and everything within
+        # the reuse distance would go on with the weights of before the update.
+        self._offload.partition_all_parameters()
