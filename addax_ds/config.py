@@ -6,6 +6,7 @@ fine-tuning run needs and is what a YAML file describes. Names are the paper's w
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,9 +61,9 @@ class AddaxConfig:
     float32 buffer of the size of its shard."""
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, f"lr is {self.lr}: it must be 0 or more")
+        _require(0 <= self.lr < math.inf, f"lr is {self.lr}: it must be 0 or more, and finite")
         _require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: it must lie in [0, 1]")
-        _require(self.eps > 0, f"eps is {self.eps}: it must be above 0")
+        _require(0 < self.eps < math.inf, f"eps is {self.eps}: it must be above 0, and finite")
         _require(self.queries >= 1, f"queries is {self.queries}: it must be 1 or more")
         _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}: it must be 0 or more")
         _require(0 <= self.seed < 2**53, f"seed is {self.seed}: it must lie in [0, 2**53)")
@@ -143,8 +144,8 @@ class RunConfig(AddaxConfig):
     """Steps between evaluations inside the run; 0 evaluates before and after only."""
     eval_micro_batch: int = 8
     """Sequences in one evaluation forward."""
-    output: str = "runs/addax"
-    """Run folder."""
+    output: str | None = None
+    """Run folder, which must not hold a run yet; without it runs/DATE-TIME."""
     save: bool = True
     """Write the fine-tuned model to OUTPUT/model."""
 

@@ -1,0 +1,5 @@
+"""`python -m addax_ds`."""
+
+from addax_ds.cli.main import main
+
+main()

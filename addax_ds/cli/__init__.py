@@ -1,0 +1,1 @@
+"""The console command: one file per command that is more than a call."""

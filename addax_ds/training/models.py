@@ -1,0 +1,115 @@
+"""From the names in a run to a model on its engine."""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from addax_ds.config import AddaxConfig, RunConfig
+from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
+from addax_ds.engines.fsdp import shard
+from addax_ds.errors import UserError
+from addax_ds.optimizer import Addax
+from addax_ds.training.world import World
+
+
+def locate_model(model: str) -> str:
+    """The folder or hub id behind `model`; embedded models are fetched on first use."""
+    if model in EMBEDDED_MODELS:
+        return str(prepare_model(model))
+    if Path(model).is_dir():
+        return model
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"{model}: no such folder: give a model folder, a hub id or one of {', '.join(EMBEDDED_MODELS)}")
+    return model
+
+
+def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a token to pad with."""
+    tokenizer = _from_pretrained(AutoTokenizer, location)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked out everywhere, so any token serves.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(location: str) -> int:
+    """Longest sequence in tokens that the model takes."""
+    config = _from_pretrained(AutoConfig, location)
+    return int(getattr(config, "max_position_embeddings", None) or 2**31 - 1)
+
+
+def load_model(location: str, config: RunConfig) -> nn.Module:
+    """The model in the run's dtype, on the CPU."""
+    model = _from_pretrained(AutoModelForCausalLM, location, dtype=getattr(torch, config.dtype))
+    if config.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"{type(model).__name__} cannot checkpoint activations: set activation_checkpointing=false")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _from_pretrained(kind: Any, location: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(location, **options)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"model {location} cannot be loaded: {first_line}") from None
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """Names of the inputs that the model's forward takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def read_ds_config(config: RunConfig) -> dict[str, Any]:
+    """The run's DeepSpeed configuration, with the run's hyper-parameters for Addax and its dtype."""
+    path = config.ds_config or ""
+    try:
+        ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"ds_config {path}: {error.strerror}: give the path of a DeepSpeed configuration") from None
+    except ValueError as error:
+        raise UserError(f"ds_config {path}: not JSON: {error}") from None
+    kind = ds_config.get("optimizer", {}).get("type", "Addax")
+    if kind != "Addax":
+        raise UserError(f'ds_config {path}: optimizer type is {kind}: set it to "Addax" or remove it')
+    wants_bf16 = bool(ds_config.get("bf16", {}).get("enabled", config.dtype == "bfloat16"))
+    if wants_bf16 != (config.dtype == "bfloat16"):
+        raise UserError(f"ds_config {path}: bf16.enabled is {wants_bf16} but dtype is {config.dtype}: make them agree")
+    return {
+        **ds_config,
+        "optimizer": {"type": "Addax", "params": hyperparameters(config)},
+        "bf16": {"enabled": wants_bf16},
+    }
+
+
+def hyperparameters(config: RunConfig) -> dict[str, Any]:
+    """The settings of the method alone."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(AddaxConfig)}
+
+
+def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Addax:
+    """Put the model on the run's engine and return its optimizer."""
+    if config.engine == "deepspeed":
+        # Imported here: DeepSpeed is an extra, and its import takes seconds.
+        import deepspeed
+
+        _, optimizer, _, _ = deepspeed.initialize(model=model, config=read_ds_config(config))
+        return optimizer.optimizer
+    if config.engine == "fsdp":
+        if world.size % config.replicas:
+            raise UserError(f"replicas={config.replicas} does not divide the {world.size} ranks: choose a divisor")
+        shape, names = (world.size,), ("shard",)
+        if config.replicas > 1:
+            shape, names = (config.replicas, world.size // config.replicas), ("replicate", "shard")
+        shard(model, init_device_mesh(world.device.type, shape, mesh_dim_names=names))
+    else:
+        model.to(world.device)
+    return Addax(model, **hyperparameters(config))

@@ -1,0 +1,271 @@
+"""One fine-tuning run: data, model, evaluation, steps, files."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import math
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from addax_ds.config import RunConfig, TaskConfig
+from addax_ds.data.batches import Batch, batch_indices, micro_batches
+from addax_ds.data.partition import Partition, check_pools, partition
+from addax_ds.data.sources import load_records, split_records
+from addax_ds.data.tasks import Example, encode
+from addax_ds.digest import weights_digest
+from addax_ds.errors import UserError
+from addax_ds.optimizer import Addax
+from addax_ds.training.evaluation import evaluate, metric_name
+from addax_ds.training.export import export
+from addax_ds.training.metrics import METRICS, MetricsWriter, write_json
+from addax_ds.training.models import (
+    accepted,
+    build_optimizer,
+    context_length,
+    load_model,
+    load_tokenizer,
+    locate_model,
+    read_ds_config,
+)
+from addax_ds.training.wire import WireCounter
+from addax_ds.training.world import World, joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run needs and every rank builds alike, checked before anything is written."""
+
+    location: str
+    tokenizer: PreTrainedTokenizerBase
+    task: TaskConfig
+    train: list[Example]
+    held_out: list[Example]
+
+
+def prepare_inputs(config: RunConfig) -> Prepared:
+    """Data and tokenizer of a run; every fault in them is a `UserError`."""
+    if config.engine == "deepspeed":
+        read_ds_config(config)
+    records, brought = load_records(config.data)
+    task = config.task or brought
+    if task is None:
+        raise UserError(f"data {config.data} brings no task: set task.prompt with task.label and task.labels, or task.completion")
+    if config.eval_data is None:
+        train, held_out = split_records(records, config.train_samples, config.eval_samples, config.seed)
+    else:
+        train, _ = split_records(records, config.train_samples, 0, config.seed)
+        _, held_out = split_records(load_records(config.eval_data)[0], 0, config.eval_samples, config.seed)
+    location = locate_model(config.model)
+    tokenizer = load_tokenizer(location)
+    longest = context_length(location)
+    if task.completion is not None:
+        longest -= task.max_new_tokens
+    return Prepared(
+        location, tokenizer, task, encode(train, task, tokenizer, longest), encode(held_out, task, tokenizer, longest)
+    )
+
+
+def train(config: RunConfig) -> dict[str, Any] | None:
+    """Run `config` and return its summary on rank 0 (None elsewhere); `world.discover` comes first."""
+    started = time.monotonic()
+    prepared = prepare_inputs(config)
+    pools = partition([example.length for example in prepared.train], config.lt)
+    check_pools(pools, config.k0, config.k1, config.alpha)
+    if config.output is not None and (Path(config.output) / METRICS).exists():
+        raise UserError(f"output {config.output} holds a run already: choose another folder or remove it")
+    with joined() as world:
+        return _train(config, prepared, pools, world, started)
+
+
+def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World, started: float) -> dict | None:
+    model = load_model(prepared.location, config)
+    inputs = accepted(model)
+    optimizer = build_optimizer(model, config, world)
+    engine = optimizer.engine
+    folder = _open_folder(config, pools, world)
+    say = print if world.is_main else lambda *_: None
+    say(pools.describe())
+
+    def score() -> dict[str, float]:
+        return evaluate(
+            optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens
+        )
+
+    metric = metric_name(prepared.held_out)
+    before = score()
+    say(f"before: {metric} {before[metric]:.3f} on {len(prepared.held_out)} held-out samples")
+
+    progress = tqdm(total=config.steps, disable=not world.is_main, unit="step", mininterval=0.5)
+    writer = MetricsWriter(folder) if world.is_main else None
+    wire: WireCounter | None = None
+    seconds, skipped = [], 0
+    for step in range(config.steps):
+        begun = time.monotonic()
+        zo, fo = _batches(config, prepared, pools, step, inputs, engine.device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        # The second step: the first builds engines' caches, and one is enough, since counting slows it.
+        if step == min(1, config.steps - 1):
+            with WireCounter() as wire:
+                metrics = optimizer.train_step(zo, fo)
+        else:
+            metrics = optimizer.train_step(zo, fo)
+        elapsed = time.monotonic() - begun
+        seconds.append(elapsed)
+        skipped += metrics["skipped"]
+        tokens = _tokens(zo) * 2 * config.queries + _tokens(fo)
+        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
+            metrics.update(score())
+        metrics.update(seconds=elapsed, tokens=tokens, memory_bytes=peak_memory(world))
+        if writer is not None:
+            writer.append(metrics)
+        progress.set_postfix(_postfix(metrics, tokens / elapsed), refresh=False)
+        progress.update()
+    progress.close()
+    if writer is not None:
+        writer.close()
+
+    after = score()
+    say(f"after: {metric} {after[metric]:.3f}")
+    digest = weights_digest(engine)
+    if config.save:
+        say(f"saving the model to {folder / 'model'}")
+        export(engine, prepared.tokenizer, folder / "model")
+    peaks = [0] * world.size
+    dist.all_gather_object(peaks, peak_memory(world))
+    summary = {
+        "method": method_name(config),
+        "engine": engine.name,
+        "world_size": world.size,
+        "steps": config.steps,
+        "skipped_steps": skipped,
+        "model": config.model,
+        "data": config.data,
+        "metric_name": metric,
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+        "seconds_per_step": statistics.median(seconds),
+        "wire_bytes_per_step": dict(wire.received) if wire is not None else {},
+        "peak_memory_bytes": peaks,
+        "seconds_total": time.monotonic() - started,
+        "final_digest": digest,
+    }
+    if not world.is_main:
+        return None
+    write_json(folder / "summary.json", summary)
+    return {**summary, "folder": str(folder)}
+
+
+def _open_folder(config: RunConfig, pools: Partition, world: World) -> Path:
+    """Name and make the run folder and write what is known of the run before its first step."""
+    stamp = [datetime.datetime.now().strftime("%Y%m%d-%H%M%S")]
+    dist.broadcast_object_list(stamp)
+    folder = Path(config.output or f"runs/{stamp[0]}")
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = dataclasses.asdict(dataclasses.replace(config, output=str(folder)))
+        resolved["lt"] = pools.lt if pools.lt is not None else "none"
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        versions = "".join(f"# {name} {version}\n" for name, version in _versions().items())
+        (folder / "config.yaml").write_text(versions + text, encoding="utf-8")
+        write_json(
+            folder / "lengths.json",
+            {"lengths": list(pools.lengths), "lt": pools.lt, "zo": len(pools.zo), "fo": len(pools.fo)},
+        )
+    return folder
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("addax-ds", "torch", "transformers", "deepspeed", "datasets", "numba"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _batches(
+    config: RunConfig, prepared: Prepared, pools: Partition, step: int, inputs: frozenset[str], device: torch.device
+) -> tuple[list[Batch] | None, list[Batch] | None]:
+    """The step's zeroth-order and first-order micro-batches, the same on every rank."""
+
+    def draw(pool: tuple[int, ...], size: int, stream: Any, micro_batch: int) -> list[Batch]:
+        examples = [prepared.train[index] for index in batch_indices(pool, size, config.seed, stream, step)]
+        batches = micro_batches(examples, micro_batch, prepared.tokenizer.pad_token_id, config.padding)
+        return [{k: v.to(device) for k, v in batch.items() if k in inputs or k == "labels"} for batch in batches]
+
+    zo = draw(pools.zo, config.k0, "zo", config.zo_micro_batch) if config.alpha > 0 else None
+    fo = draw(pools.fo, config.k1, "fo", config.fo_micro_batch) if config.alpha < 1 else None
+    return zo, fo
+
+
+def _tokens(batches: list[Batch] | None) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in batches or [])
+
+
+def _postfix(metrics: dict[str, Any], tokens_per_second: float) -> dict[str, str]:
+    shown = {}
+    zo, fo = metrics["loss_zo"], metrics["loss_fo"]
+    if fo is not None:
+        shown["loss"] = f"{fo:.3f}"
+    if zo is not None:
+        shown["zo loss"] = f"{statistics.fmean(zo['plus'] + zo['minus']):.3f}"
+        shown["g0"] = f"{statistics.fmean(metrics['g0']):+.2f}"
+    return {**shown, "tok/s": f"{tokens_per_second:.0f}"}
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Rate of step `step` (from 0): a pure function, so that a run resumes anywhere.
+
+    Linear warm-up from 0 to lr over `warmup_steps`, then constant, or down to 0 at the end.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    shapes: dict[str, Callable[[float], float]] = {
+        "constant": lambda _: 1.0,
+        "linear": lambda x: 1.0 - x,
+        "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
+    }
+    return config.lr * shapes[config.schedule](progress)
+
+
+def method_name(config: RunConfig) -> str:
+    """The papers' name of what the settings amount to."""
+    if config.alpha == 0:
+        return "ip-sgd"
+    if config.alpha == 1:
+        return "mezo"
+    return "addax-wa" if config.lt == "none" else "addax"
+
+
+def peak_memory(world: World) -> int:
+    """Most bytes this rank has held: of the GPU's memory, or resident without one."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def score_only(config: RunConfig) -> dict[str, Any] | None:
+    """Scores of `config.model` on the run's held-out samples, on rank 0 (None elsewhere)."""
+    prepared = prepare_inputs(config)
+    with joined() as world:
+        model = load_model(prepared.location, config)
+        inputs = accepted(model)
+        optimizer: Addax = build_optimizer(model, config, world)
+        scores = evaluate(optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens)
+    return {"model": config.model, "samples": len(prepared.held_out), **scores} if world.is_main else None

@@ -1,0 +1,42 @@
+"""Bytes that a rank receives, counted from the collectives themselves."""
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class WireCounter(TorchDispatchMode):
+    """While active, counts what this rank receives, by collective, for the usual ring algorithms.
+
+    Of N ranks, each receives (N-1)/N of an all-gather's output or a reduce-scatter's input, and
+    twice that share of an all-reduce. Every torch operation passes through Python meanwhile: count
+    single steps only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self._count(function._schema.name.removeprefix("c10d::"), args)
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: tuple) -> None:
+        share = 1 - 1 / max(dist.get_world_size(), 1)
+        if "allgather" in name:
+            self.received["all_gather"] += int(_bytes(args[0]) * share)
+        elif "reduce_scatter" in name:
+            self.received["reduce_scatter"] += int(_bytes(args[1]) * share)
+        elif "allreduce" in name:
+            self.received["all_reduce"] += int(2 * _bytes(args[0]) * share)
+        elif "broadcast" in name:
+            self.received["broadcast"] += _bytes(args[0])
+
+
+def _bytes(value: object) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,83 @@
+"""The ranks of a run, whichever launcher started them."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# A collective that takes longer than this has lost a rank.
+_TIMEOUT = timedelta(minutes=10)
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the ranks."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to people."""
+        return self.rank == 0
+
+
+def discover() -> None:
+    """Fill in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not.
+
+    `torchrun` and `deepspeed` set them; under `mpirun` they are agreed on through mpi4py; a plain
+    `python` process is a world of one.
+    """
+    if "RANK" in os.environ:
+        return
+    if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
+        _discover_mpi()
+        return
+    _set(rank=0, size=1, local_rank=0, address="127.0.0.1", port=_free_port())
+
+
+def _discover_mpi() -> None:
+    from mpi4py import MPI
+
+    everyone = MPI.COMM_WORLD
+    node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    address = "127.0.0.1" if node.Get_size() == everyone.Get_size() else socket.gethostname()
+    address, port = everyone.bcast((address, _free_port()), root=0)
+    _set(everyone.Get_rank(), everyone.Get_size(), node.Get_rank(), address, port)
+
+
+def _set(rank: int, size: int, local_rank: int, address: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port)
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """Join the process group for the length of the context (`discover` comes first)."""
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield World(rank, local_rank, size, device)
+        # A rank that leaves early takes its sockets from collectives still under way.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

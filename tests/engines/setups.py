@@ -1,0 +1,202 @@
+"""Tiny models, batches and engines that the engine tests share.
+
+Hidden and vocabulary sizes are odd, so that no world size above 1 divides them: shards are uneven,
+ZeRO-3 pads, and some ranks own nothing of small parameters.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import addax_ds
+from addax_ds.optimizer import Addax
+
+VOCABULARY, HIDDEN, LAYERS = 97, 15, 2
+
+ENGINES = ("replicated", "zero0", "zero1", "zero2", "fsdp", "hsdp", "zero3", "zero3-offload")
+"""Every engine; hsdp is 2 x 2 and runs on 4 ranks only."""
+SHARDED = ("fsdp", "zero3")
+HYPER = {"lr": 0.1, "alpha": 0.3, "eps": 1e-3, "zo_micro_batch": 2, "fo_micro_batch": 2}
+
+
+def _llama(tied: bool) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=21,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=6,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def _opt(**changes: Any) -> nn.Module:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "word_embed_proj_dim": HIDDEN,
+        "ffn_dim": 21,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 33,
+        "dropout": 0.0,
+        **changes,
+    }
+    return OPTForCausalLM(OPTConfig(**settings))
+
+
+def _bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=21,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=3,
+            max_position_embeddings=33,
+            num_labels=2,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama-tied": lambda: _llama(tied=True),
+    "llama-untied": lambda: _llama(tied=False),
+    "opt": _opt,
+    "opt-dropout": lambda: _opt(dropout=0.5, attention_dropout=0.3),
+    "bert": _bert,
+}
+
+
+def build_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same weights on every rank, none of them zero: a zero bias would hide what moves it."""
+    torch.manual_seed(7)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def batch_for(name: str, samples: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch with padding on the right; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[samples // 2 :, tokens - 2 :] = 0
+    if name == "bert":
+        labels = torch.randint(0, 2, (samples,), generator=generator)
+    else:
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, : tokens // 2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def class_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy of a sequence's class: [batch]."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="none")
+
+
+def loss_for(name: str) -> Callable:
+    """The per-sample loss of a model."""
+    return class_loss if name == "bert" else addax_ds.token_loss
+
+
+@dataclass
+class Running:
+    """An optimizer at work on a model."""
+
+    optimizer: Any
+    """What the user holds: `Addax`, or what deepspeed.initialize returned."""
+    engine: Any
+    """addax_ds's engine."""
+    model: nn.Module
+    deepspeed: Any = None
+    """DeepSpeed's engine where there is one."""
+
+    def train_step(self, *args: Any) -> dict[str, Any]:
+        return self.optimizer.train_step(*args)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every weight, whole (collectives)."""
+        return {name: self.engine.whole(name) for name in self.engine.names}
+
+
+def deepspeed_config(engine: str, hyper: dict | None = None, **zero: Any) -> dict[str, Any]:
+    """A ds_config for zero0 .. zero3-offload; without `hyper` it names no optimizer."""
+    stage = {"stage": int(engine[4]), **zero}
+    if engine.endswith("offload"):
+        stage["offload_param"] = {"device": "cpu"}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage}
+    return config if hyper is None else {**config, "optimizer": {"type": "Addax", "params": hyper}}
+
+
+@contextlib.contextmanager
+def running(
+    engine: str,
+    model: nn.Module,
+    *,
+    groups: Callable[[nn.Module], list[dict]] | None = None,
+    zero: dict[str, Any] | None = None,
+    **hyper: Any,
+) -> Iterator[Running]:
+    """Addax on `model` under the named engine.
+
+    groups: makes parameter groups of the model; zero: further settings of zero_optimization.
+    """
+    hyper = {**HYPER, **hyper}
+    if engine.startswith("zero"):
+        import deepspeed
+
+        if groups is None:
+            wrapped, optimizer, _, _ = deepspeed.initialize(model=model, config=deepspeed_config(engine, hyper, **zero or {}))
+        else:
+            wrapped, optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=Addax(groups(model), **hyper), config=deepspeed_config(engine, **zero or {})
+            )
+        try:
+            yield Running(optimizer, optimizer.engine, model, wrapped)
+        finally:
+            optimizer.optimizer.detach()
+            wrapped.destroy()
+        return
+    if engine == "fsdp":
+        addax_ds.shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    elif engine == "hsdp":
+        addax_ds.shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    optimizer = Addax(model, **hyper)
+    if groups is not None:
+        optimizer.param_groups.clear()
+        for group in groups(model):
+            optimizer.add_param_group(group)
+        optimizer.attach(optimizer.engine)
+    try:
+        yield Running(optimizer, optimizer.engine, model)
+    finally:
+        optimizer.detach()
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """A plain copy for the reference, taken before the model is sharded."""
+    return copy.deepcopy(model)
