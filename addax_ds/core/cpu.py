@@ -8,13 +8,14 @@ first-level cache and keeps Philox words as structure of arrays, which is what l
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 
 from addax_ds.core import noise as definition
-from addax_ds.core.noise import NORMAL, PURPOSE, RADEMACHER, ROUNDING, Distribution, key_of
+from addax_ds.core.noise import NORMAL, PURPOSE, ROUNDING, Distribution, key_of
 from addax_ds.core.plain import Step
 
 CHUNK = 2048  # elements; a multiple of every block size
@@ -246,7 +247,7 @@ def _digest(bits, start, begin, end):
     return total
 
 
-def _memory(tensor: torch.Tensor, unit: type) -> np.ndarray:
+def _memory(tensor: torch.Tensor, unit: Any) -> np.ndarray:
     """A contiguous tensor's memory as an array of ctypes `unit`: a view, never a copy.
 
     By address, because `Tensor.numpy()` marks the storage as one that cannot be resized, and FSDP2
@@ -330,4 +331,6 @@ def digest(local: torch.Tensor, start: int) -> int:
         return 0
     local = local.contiguous()
     memory = _stored(local)
-    return sum(int(part) for part in _split(local.numel(), lambda begin, end: _digest(memory, start, begin, end))) % 2**64
+    return (
+        sum(int(part) for part in _split(local.numel(), lambda begin, end: _digest(memory, start, begin, end))) % 2**64
+    )

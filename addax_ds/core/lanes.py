@@ -78,7 +78,9 @@ class _Guest:
         self.skeleton = skeleton
         self.fetch = fetch
         self.job: Job | None = None
-        self.need: str | None = None  # path of the module whose weights it waits for
+        self.perturbation = Perturbation()
+        self.parked = False
+        self.need = ""  # while parked: path of the module whose weights it waits for
         self.visited = 0  # modules entered in this job
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
@@ -92,13 +94,13 @@ class _Guest:
     def _enter(self, path: str, owned: dict[str, str]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.visited += 1
-            self.need = path
+            self.need, self.parked = path, True
             self._back.release()
             self._go.acquire()
+            self.parked = False
             if self._stopping:
                 raise _Stopped
-            self.need = None
-            module._parameters.update(self.fetch(self.job.perturbation, path, owned))
+            module._parameters.update(self.fetch(self.perturbation, path, owned))
 
         return hook
 
@@ -110,7 +112,7 @@ class _Guest:
 
     def begin(self, job: Job, settings: "_HostSettings") -> None:
         """Start a job and run it up to its first weight."""
-        self.job, self.visited, self._settings = job, 0, settings
+        self.job, self.perturbation, self.visited, self._settings = job, job.perturbation, 0, settings
         self.resume()
 
     def resume(self) -> None:
@@ -132,16 +134,17 @@ class _Guest:
     def _work(self) -> None:
         while True:
             self._go.acquire()
-            job = self.job
-            if job is None:
+            if self.job is None:
                 return
-            try:
-                job.result = self._settings.run(lambda: job.run(self.skeleton))
-            except BaseException as error:  # noqa: BLE001 - carried over to the host's thread
-                job.error = error
-            self.job = self.need = None
-            del job
+            self._run(self.job)
+            self.job = None
             self._back.release()
+
+    def _run(self, job: Job) -> None:
+        try:
+            job.result = self._settings.run(lambda: job.run(self.skeleton))
+        except BaseException as error:  # carried over to the host's thread
+            job.error = error
 
 
 class _HostSettings:
@@ -219,7 +222,7 @@ class Lanes:
     def abandon(self) -> None:
         """Unwind every guest that is not done, after a failure."""
         for guest in self._running:
-            if guest.need is not None:
+            if guest.parked:
                 guest.stop()
         self._idle += self._running
         self._running = []
@@ -233,12 +236,12 @@ class Lanes:
         self._idle = []
 
     def _key(self, guest: _Guest) -> tuple:
-        return guest.need, guest.job.perturbation.query
+        return guest.need, guest.perturbation.query
 
     def _collect(self) -> None:
         """Retire guests that are done; the first error unwinds all and is raised here."""
-        self._idle += [guest for guest in self._running if guest.need is None]
-        self._running = [guest for guest in self._running if guest.need is not None]
+        self._idle += [guest for guest in self._running if not guest.parked]
+        self._running = [guest for guest in self._running if guest.parked]
         for job in self._jobs:
             if job.error is not None:
                 self.abandon()

@@ -13,13 +13,14 @@ class Absent(torch.Tensor):
     A meta tensor in its place would not fail but silently give meta results.
     """
 
+    weight_name: str
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
     @staticmethod
     def __new__(cls, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device):
         absent = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         absent.weight_name = name
         return absent
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):

@@ -20,9 +20,7 @@ _STREAMS = {"zo": 1, "fo": 2}
 _IGNORED = -100  # what the loss skips
 
 
-def batch_indices(
-    pool: Sequence[int], size: int, seed: int, stream: Literal["zo", "fo"], step: int
-) -> list[int]:
+def batch_indices(pool: Sequence[int], size: int, seed: int, stream: Literal["zo", "fo"], step: int) -> list[int]:
     """The `size` members of `pool` that step `step` (from 0) of `stream` takes.
 
     A pure function: the pool is permuted anew for every epoch, the epochs are joined end to end, and

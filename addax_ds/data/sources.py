@@ -57,9 +57,7 @@ def split_records(
     count = remaining if train_samples is None else train_samples
     if remaining < (1 if train_samples is None else count):
         wanted = "train_samples" if train_samples is None else f"train_samples={train_samples}"
-        raise UserError(
-            f"{len(records)} records are too few for {wanted} and eval_samples={eval_samples}: lower them"
-        )
+        raise UserError(f"{len(records)} records are too few for {wanted} and eval_samples={eval_samples}: lower them")
     order = [records[index] for index in permutation(len(records), seed, _SPLIT_STREAM)]
     return order[:count], order[remaining:]
 

@@ -98,9 +98,7 @@ def _classified(
         if not choices[index]:
             raise UserError(f"task.labels: the word of {key} is empty: give one")
         if choices[index] in choices[:index]:
-            raise UserError(
-                f"task.labels: {word!r} of {key} has the tokens of another label word: change one"
-            )
+            raise UserError(f"task.labels: {word!r} of {key} has the tokens of another label word: change one")
     examples = []
     for number, (record, prompt) in enumerate(zip(records, prompt_ids, strict=True), 1):
         label = str(_require(record, task.label, "task.label", number, records))
@@ -160,9 +158,7 @@ def _continuations(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list
     ]
 
 
-def _require(
-    record: dict[str, Any], field: str, setting: str, number: int, records: Sequence[dict[str, Any]]
-) -> Any:
+def _require(record: dict[str, Any], field: str, setting: str, number: int, records: Sequence[dict[str, Any]]) -> Any:
     if record.get(field) is None:
         raise UserError(
             f"{_name(number, records)}: {setting} names field {field or '{}'}, which the record lacks; "

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,7 +30,9 @@ def units_of(model: nn.Module) -> list[list[str]]:
     blocks: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") for block in blocks):
-            blocks += [f"{path}.{name}" for name, child in module.named_children() if any(True for _ in child.parameters())]
+            blocks += [
+                f"{path}.{name}" for name, child in module.named_children() if any(True for _ in child.parameters())
+            ]
 
     outside: list[str] = []
 
@@ -106,8 +109,11 @@ class FSDP(Engine):
 
     def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
         super().__init__(model, skeleton)
-        self._units = [[model.get_submodule(path) for path in paths] for paths in model.__dict__[_UNITS]]
-        self._unit_of = {}
+        self._root = cast(Any, model)  # FSDP2 gives modules further methods
+        self._units: list[list[Any]] = [
+            [model.get_submodule(path) for path in paths] for paths in model.__dict__[_UNITS]
+        ]
+        self._unit_of: dict[str, Any] = {}
         for paths, modules in zip(model.__dict__[_UNITS], self._units, strict=True):
             for owner in self.owners:
                 if any(owner == path or owner.startswith(f"{path}.") for path in paths):
@@ -115,7 +121,7 @@ class FSDP(Engine):
         # What no unit holds stays with the root.
         for owner in self.owners:
             self._unit_of.setdefault(owner, model)
-        self._first_owner = {}
+        self._first_owner: dict[str, tuple[nn.Module, str]] = {}
         for path, owned in self.owners.items():
             for local, name in owned.items():
                 self._first_owner.setdefault(name, (self._modules[path], local))
@@ -125,7 +131,7 @@ class FSDP(Engine):
         self._mesh = parameter.device_mesh
         self._device = torch.device(self._mesh.device_type)
         # The engine's units take the root's state at the first forward; guests may come before it.
-        model._get_fsdp_state()._lazy_init()
+        self._root._get_fsdp_state()._lazy_init()
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +140,7 @@ class FSDP(Engine):
     def is_primary_copy(self) -> bool:
         return self._mesh.ndim == 1 or self._mesh.get_local_rank(0) == 0
 
-    def _registered(self, name: str) -> torch.Tensor:
+    def _registered(self, name: str) -> Any:
         """The parameter as its module holds it now: FSDP2 swaps it at every (un)shard."""
         module, local = self._first_owner[name]
         return module._parameters[local]
@@ -178,8 +184,8 @@ class FSDP(Engine):
             # FSDP2 itself calls these hooks of the sharded parameter right after the reduce-scatter.
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take(name, on_gradient)))
 
-    def _take(self, name: str, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
+    def _take(self, name: str, on_gradient: OnGradient) -> Callable[[Any], None]:
+        def hook(parameter: Any) -> None:
             gradient, parameter.grad = parameter.grad, None
             on_gradient(name, gradient._local_tensor.view(-1))
 
@@ -209,20 +215,18 @@ class FSDP(Engine):
                     "leave it on; train_step cuts batches into micro-batches itself"
                 )
             if not group.reshard_after_backward:
-                raise UserError(
-                    "set_reshard_after_backward(False) would leave old weights gathered: leave it at True"
-                )
+                raise UserError("set_reshard_after_backward(False) would leave old weights gathered: leave it at True")
 
     def after_step(self, backward_ran: bool) -> None:
         # A forward without its backward leaves units gathered and listed for a prefetch.
         if not backward_ran and self._forward_ran():
-            self.model.reset_iter_state()
+            self._root.reset_iter_state()
 
     def _forward_ran(self) -> bool:
-        return self.model._get_fsdp_state()._is_root is not None
+        return self._root._get_fsdp_state()._is_root is not None
 
 
-def _parameter_groups(module: FSDPModule) -> list:
+def _parameter_groups(module: Any) -> list:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:

@@ -54,6 +54,7 @@ class Replicated(Engine):
 
     def _reduce(self, name: str, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None  # torch calls the hook with it set
             gradient, parameter.grad = parameter.grad.contiguous(), None
             if self.world_size > 1:
                 dist.all_reduce(gradient)

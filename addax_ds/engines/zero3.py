@@ -6,6 +6,7 @@ gradient buffer). Names of DeepSpeed's internals in this file were checked again
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import deepspeed
 import torch
@@ -24,18 +25,21 @@ class Zero3(Engine):
 
     name = "zero3"
 
-    def __init__(self, model: nn.Module, skeleton: nn.Module, offload: DeepSpeedZeRoOffload, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, skeleton: nn.Module, offload: DeepSpeedZeRoOffload, device: torch.device
+    ) -> None:
         super().__init__(model, skeleton)
         self._offload = offload
         self._device = device
         # Captured once: reading module._parameters inside a forward makes DeepSpeed register the
         # parameter as external and keep it gathered for ever.
-        named = dict(model.named_parameters())
+        named: dict[str, Any] = dict(model.named_parameters())
         self._parameters = {name: named[name] for name in self.names}
         self._owned = {
-            path: [self._parameters[name] for name in dict.fromkeys(owned.values())] for path, owned in self.owners.items()
+            path: [self._parameters[name] for name in dict.fromkeys(owned.values())]
+            for path, owned in self.owners.items()
         }
-        self._unit_of: dict[str, list[nn.Parameter]] = {}
+        self._unit_of: dict[str, list[Any]] = {}
         for paths in units_of(model):
             members = [owner for owner in self.owners if any(owner == p or owner.startswith(f"{p}.") for p in paths)]
             unit = list({id(p): p for owner in members for p in self._owned[owner]}.values())
@@ -83,8 +87,8 @@ class Zero3(Engine):
             parameter = self._parameters[name]
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._reduce(name, on_gradient)))
 
-    def _reduce(self, name: str, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
+    def _reduce(self, name: str, on_gradient: OnGradient) -> Callable[[Any], None]:
+        def hook(parameter: Any) -> None:
             gradient, parameter.grad = parameter.grad, None
             group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel
             whole = gradient.reshape(-1)

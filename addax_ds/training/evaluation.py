@@ -73,11 +73,12 @@ def _choice_scorer(place: Callable[[Batch], Batch], pad_id: int, side: Any) -> C
     """For a chunk, a run that returns float64 [examples, 2]: 1 where the likeliest label word is right."""
 
     def scorer(chunk: list[Example]) -> Callable[[nn.Module], torch.Tensor]:
-        single = [single_token_choices(example) for example in chunk]
+        tokens = [single_token_choices(example) for example in chunk]
+        single = [choices for choices in tokens if choices is not None]
         answers = torch.tensor([example.answer for example in chunk])
 
         def run(model: nn.Module) -> torch.Tensor:
-            if all(tokens is not None for tokens in single):
+            if len(single) == len(chunk):
                 # One forward scores every label word where each is one token.
                 logits = _last_logits(model, place(collate_prompts(chunk, pad_id)))
                 likelihoods = logits.cpu().gather(1, torch.stack(single))
@@ -107,15 +108,23 @@ def _completion_scorer(
 
     def scorer(chunk: list[Example]) -> Callable[[nn.Module], torch.Tensor]:
         def run(model: nn.Module) -> torch.Tensor:
-            tokens = _generate(model, place(collate_prompts(chunk, pad_id)), max_new_tokens)
+            generated = _generate(model, place(collate_prompts(chunk, pad_id)), max_new_tokens)
             scores = []
-            for example, row in zip(chunk, tokens.tolist(), strict=True):
+            for example, row in zip(chunk, generated.tolist(), strict=True):
                 if tokenizer.eos_token_id in row:
                     row = row[: row.index(tokenizer.eos_token_id)]
-                answer = tokenizer.decode(row, skip_special_tokens=True).strip()
+                answer = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
                 result = squad(
                     [{"prediction_text": answer, "id": "0"}],
-                    [{"answers": {"answer_start": [0] * len(example.references), "text": list(example.references)}, "id": "0"}],
+                    [
+                        {
+                            "answers": {
+                                "answer_start": [0] * len(example.references),
+                                "text": list(example.references),
+                            },
+                            "id": "0",
+                        }
+                    ],
                 )
                 scores.append([float(result["exact_match"]) / 100, float(result["f1"]) / 100])
             return torch.tensor(scores, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     # The skeleton is the model's own class with its configuration, without an engine's traces.
-    engine.skeleton.save_pretrained(unfinished, state_dict=weights)
+    skeleton: Any = engine.skeleton
+    skeleton.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, folder)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from addax_ds.config import AddaxConfig, RunConfig
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
@@ -26,7 +28,9 @@ def locate_model(model: str) -> str:
     if Path(model).is_dir():
         return model
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"{model}: no such folder: give a model folder, a hub id or one of {', '.join(EMBEDDED_MODELS)}")
+        raise UserError(
+            f"{model}: no such folder: give a model folder, a hub id or one of {', '.join(EMBEDDED_MODELS)}"
+        )
     return model
 
 
@@ -47,6 +51,7 @@ def context_length(location: str) -> int:
 
 def load_model(location: str, config: RunConfig) -> nn.Module:
     """The model in the run's dtype, on the CPU."""
+    transformers_logging.disable_progress_bar()  # one bar a rank would garble the terminal
     model = _from_pretrained(AutoModelForCausalLM, location, dtype=getattr(torch, config.dtype))
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -101,12 +106,14 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Addax:
         # Imported here: DeepSpeed is an extra, and its import takes seconds.
         import deepspeed
 
+        deepspeed.utils.logger.setLevel(logging.WARNING)
         _, optimizer, _, _ = deepspeed.initialize(model=model, config=read_ds_config(config))
         return optimizer.optimizer
     if config.engine == "fsdp":
         if world.size % config.replicas:
             raise UserError(f"replicas={config.replicas} does not divide the {world.size} ranks: choose a divisor")
-        shape, names = (world.size,), ("shard",)
+        shape: tuple[int, ...] = (world.size,)
+        names: tuple[str, ...] = ("shard",)
         if config.replicas > 1:
             shape, names = (config.replicas, world.size // config.replicas), ("replicate", "shard")
         shard(model, init_device_mesh(world.device.type, shape, mesh_dim_names=names))

@@ -61,7 +61,9 @@ def prepare_inputs(config: RunConfig) -> Prepared:
     records, brought = load_records(config.data)
     task = config.task or brought
     if task is None:
-        raise UserError(f"data {config.data} brings no task: set task.prompt with task.label and task.labels, or task.completion")
+        raise UserError(
+            f"data {config.data} brings no task: set task.prompt with task.label and task.labels, or task.completion"
+        )
     if config.eval_data is None:
         train, held_out = split_records(records, config.train_samples, config.eval_samples, config.seed)
     else:
@@ -99,9 +101,7 @@ def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World
     say(pools.describe())
 
     def score() -> dict[str, float]:
-        return evaluate(
-            optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens
-        )
+        return evaluate(optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens)
 
     metric = metric_name(prepared.held_out)
     before = score()
@@ -267,5 +267,7 @@ def score_only(config: RunConfig) -> dict[str, Any] | None:
         model = load_model(prepared.location, config)
         inputs = accepted(model)
         optimizer: Addax = build_optimizer(model, config, world)
-        scores = evaluate(optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens)
+        scores = evaluate(
+            optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens
+        )
     return {"model": config.model, "samples": len(prepared.held_out), **scores} if world.is_main else None

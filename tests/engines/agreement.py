@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from addax_ds.config import AddaxConfig
-from addax_ds.optimizer import _cut
+from addax_ds.micro_batches import cut
 from addax_ds.reference import addax_step
 from tests.engines.setups import Running
 
@@ -43,8 +43,8 @@ def check_steps(
 
 
 def _check_step(config, reference, step, zo, fo, loss_fn, metrics, after, lr_of) -> None:
-    zo_batches = _cut(zo, config.zo_micro_batch, "zo") if config.alpha > 0 else []
-    fo_batches = _cut(fo, config.fo_micro_batch, "fo") if config.alpha < 1 else []
+    zo_batches = cut(zo, config.zo_micro_batch, "zo") if config.alpha > 0 else []
+    fo_batches = cut(fo, config.fo_micro_batch, "fo") if config.alpha < 1 else []
     _, g0 = addax_step(reference, zo_batches, fo_batches, loss_fn, config, step)
     expected, _ = addax_step(reference, zo_batches, fo_batches, loss_fn, config, step, g0=metrics["g0"])
     assert len(metrics["g0"]) == len(g0) == (config.queries if config.alpha > 0 else 0)

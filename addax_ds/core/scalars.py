@@ -1,0 +1,67 @@
+"""The scalars of a step: every per-sample loss, in one vector for one all-reduce."""
+
+import math
+
+import torch
+
+from addax_ds.errors import UserError
+
+
+class Scalars:
+    """Per-sample losses of a step in global order: float64, on the CPU.
+
+    Each rank fills in its own places and adds zeros elsewhere, so the sum over ranks is exact and
+    what follows from it does not depend on who computed what. A number that is not finite stays so
+    in the sum, which is how all ranks learn of it together.
+    """
+
+    def __init__(self, queries: int, zo_sizes: list[int], fo_sizes: list[int], world_size: int) -> None:
+        self._queries = queries
+        self._zo_sizes, self._fo_sizes = zo_sizes, fo_sizes
+        self._zo_samples, self.fo_samples = sum(zo_sizes), sum(fo_sizes)
+        self._fo_at = 2 * queries * self._zo_samples
+        self._fingerprints_at = self._fo_at + self.fo_samples
+        self.vector = torch.zeros(self._fingerprints_at + world_size, dtype=torch.float64)
+
+    def put_zo(self, query: int, sign: int, index: int, losses: torch.Tensor) -> None:
+        """Losses of zeroth-order micro-batch `index` at theta + sign * eps * z_query."""
+        at = (2 * query + (sign < 0)) * self._zo_samples + sum(self._zo_sizes[:index])
+        self.vector[at : at + len(losses)] = losses
+
+    def put_fo(self, index: int, losses: torch.Tensor) -> None:
+        """Losses of first-order micro-batch `index`."""
+        at = self._fo_at + sum(self._fo_sizes[:index])
+        self.vector[at : at + len(losses)] = losses.detach().double().cpu()
+
+    def put_fingerprint(self, rank: int, fingerprint: int) -> None:
+        """A checksum of the batches that this rank was given."""
+        self.vector[self._fingerprints_at + rank] = float(fingerprint)
+
+    def check_fingerprints(self) -> None:
+        """Raises `UserError` where ranks were given different batches."""
+        fingerprints = self.vector[self._fingerprints_at :].tolist()
+        if len(set(fingerprints)) > 1:
+            other = next(rank for rank, value in enumerate(fingerprints) if value != fingerprints[0])
+            raise UserError(f"ranks 0 and {other} were given different batches: pass every rank the same global batch")
+
+    def zo_means(self) -> tuple[list[float], list[float]]:
+        """Mean losses at theta + eps z_q and at theta - eps z_q, one per direction."""
+        if not self._zo_samples:
+            return [], []
+        rows = self.vector[: self._fo_at].view(self._queries, 2, self._zo_samples)
+        plus, minus = ([mean(row.tolist()) for row in rows[:, side]] for side in (0, 1))
+        return plus, minus
+
+    def fo_mean(self) -> float | None:
+        """Mean loss of the first-order batch; None without one."""
+        return mean(self.vector[self._fo_at : self._fingerprints_at].tolist()) if self.fo_samples else None
+
+
+def mean(values: list[float]) -> float:
+    """Correctly rounded mean, whatever the order; not a number where one of them is not finite."""
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def projected_gradients(plus: list[float], minus: list[float], eps: float) -> list[float]:
+    """g0_q = (L(theta + eps z_q) - L(theta - eps z_q)) / (2 eps) (MeZO, definition 1)."""
+    return [(p - m) / (2.0 * eps) for p, m in zip(plus, minus, strict=True)]

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Install, check style and types, run every test. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh
+source "${VENV:-.venv}/bin/activate"
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+
+ruff check .
+ruff format --check .
+mypy
+pytest "$@"
