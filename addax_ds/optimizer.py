@@ -62,6 +62,7 @@ class Addax(torch.optim.Optimizer):
         self._pending: _Pending | None = None
         self._accumulated: dict[str, torch.Tensor] = {}
         self._host_is_forwarding = False
+        self._host_entered: set[str] = set()  # paths of modules, noted in the first step
         defaults = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
         if isinstance(params, nn.Module):
             super().__init__([p for p in params.parameters() if p.requires_grad], defaults)
@@ -145,6 +146,8 @@ class Addax(torch.optim.Optimizer):
             for (query, sign, index), job in guests:
                 if index is not None:
                     scalars.put_zo(query, sign, index, job.result)
+            if self.steps == 0:
+                engine.check_reached(self._lanes.entered | self._host_entered)
             scalars.vector = engine.sum(scalars.vector)
             scalars.check_fingerprints()
             metrics, self._pending = self._decide(*scalars.zo_means(), scalars.fo_mean(), seed, 1.0 - config.alpha)
@@ -210,10 +213,22 @@ class Addax(torch.optim.Optimizer):
         """Per-sample losses of the model itself: [batch]."""
         set_dropout(self.engine.model, self.config.dropout)
         self._host_is_forwarding = True
+        watches = self._watch_host() if self.steps == 0 else []
         try:
             return _per_sample(loss_fn(self.engine.model, batch), batch)
         finally:
             self._host_is_forwarding = False
+            for watch in watches:
+                watch.remove()
+
+    def _watch_host(self) -> list[Any]:
+        """Hooks that note which modules with weights the host's forward enters."""
+
+        def note(path: str) -> Callable:
+            return lambda *_: self._host_entered.add(path)
+
+        modules = self.engine.model.get_submodule
+        return [modules(path).register_forward_pre_hook(note(path)) for path in self.engine.owners]
 
     def _decide(
         self, plus: list[float], minus: list[float], loss_fo: float | None, seed: int, gradient_weight: float

@@ -179,6 +179,7 @@ class Lanes:
         self._idle: list[_Guest] = []
         self._running: list[_Guest] = []
         self._jobs: list[Job] = []
+        self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
         # The copies of the module and direction at hand: {parameter name: (plus, minus)}.
         self._scratch_of: tuple | None = None
         self._scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -249,6 +250,7 @@ class Lanes:
 
     def _fetch(self, perturbation: Perturbation, path: str, owned: dict[str, str]) -> dict[str, torch.Tensor]:
         """Weights of one module at the guest's point: the gathered ones, or copies moved by scale * z."""
+        self.entered.add(path)
         if perturbation.sign == 0:
             return {local: self._weights.weight(path, local).detach() for local in owned}
         key = (path, perturbation.query)

@@ -30,9 +30,18 @@ class Step:
     """Stochastic rounding to bfloat16; else to nearest. Float32 weights need neither."""
 
 
+CHUNK = 1 << 24  # elements drawn at a time: plain Philox needs some 100 bytes of temporaries for each
+
+
 def draw(seed, name, start, stop, query, distribution, device) -> torch.Tensor:
     """Noise of elements [start, stop): float32 [stop - start] on `device`."""
-    return noise(seed, name, start, stop, query=query, distribution=distribution, device=device)
+    out = torch.empty(stop - start, device=device)
+    for begin in range(start, stop, CHUNK):
+        end = min(begin + CHUNK, stop)
+        out[begin - start : end - start] = noise(
+            seed, name, begin, end, query=query, distribution=distribution, device=device
+        )
+    return out
 
 
 def perturb(
@@ -43,7 +52,7 @@ def perturb(
     The sum is taken in float32 and rounded once. `torch.add(w, z, alpha=scale)` on bfloat16 rounds
     otherwise in its vector body than in its tail, so shards and wholes would differ.
     """
-    z = noise(seed, name, 0, weight.numel(), query=query, distribution=distribution, device=weight.device)
+    z = draw(seed, name, 0, weight.numel(), query, distribution, weight.device)
     step = (z * _float32(scale)).view(weight.shape)
     wide = weight.float()
     return (wide + step).to(weight.dtype), (wide - step).to(weight.dtype)
@@ -61,7 +70,7 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
     if gradient is not None:
         direction = gradient.float() * _float32(step.gradient_weight)
     for query, coefficient in enumerate(step.coefficients):
-        z = noise(step.seed, name, start, stop, query=query, distribution=step.distribution, device=device)
+        z = draw(step.seed, name, start, stop, query, step.distribution, device)
         direction = direction + z * _float32(coefficient)
     decay = _float32(1.0 - step.lr * step.weight_decay)
     updated = local.float() * decay - direction * _float32(step.lr)

@@ -14,6 +14,8 @@ from torch import nn
 
 from addax_ds.core.shard import Shard
 from addax_ds.core.skeleton import owned_weights
+from addax_ds.engines.units import units_of
+from addax_ds.errors import UserError
 
 OnGradient = Callable[[str, torch.Tensor], None]
 """Called with a parameter's name and this rank's part [n] of its summed gradient."""
@@ -32,6 +34,8 @@ class Engine(ABC):
         self._modules = dict(model.named_modules())
         self.owners = {path: owned for path, _, owned in owned_weights(skeleton)}
         self.names = list(dict.fromkeys(name for owned in self.owners.values() for name in owned.values()))
+        self.units = units_of(model)
+        """Module paths of each part that is gathered together."""
         self.trainable_names: set[str] = set()
 
     def trainable(self, name: str) -> bool:
@@ -98,6 +102,19 @@ class Engine(ABC):
         """This rank's range of every parameter, frozen ones included."""
         return (self.shard(name) for name in self.names)
 
-    def parameters_of(self, path: str) -> dict[str, str]:
-        """{local name: parameter name} of what the module at `path` owns."""
-        return self.owners[path]
+    def owners_in(self, unit: list[str]) -> list[str]:
+        """Paths of the modules of a unit that own weights."""
+        return [owner for owner in self.owners if any(owner == path or owner.startswith(f"{path}.") for path in unit)]
+
+    def check_reached(self, paths: set[str]) -> None:
+        """Raises `UserError` where no forward of a step has entered a unit with trainable weights.
+
+        Perturbations of such weights change no loss, so every step would move them at random.
+        """
+        for unit in self.units:
+            owners = self.owners_in(unit)
+            trained = [name for owner in owners for name in self.owners[owner].values() if self.trainable(name)]
+            if trained and paths.isdisjoint(owners):
+                raise UserError(
+                    f"{unit[0]} is never reached by the forward: freeze it (requires_grad_(False)) or remove it"
+                )

@@ -14,50 +14,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from addax_ds.core.shard import Shard
 from addax_ds.core.skeleton import strip
 from addax_ds.engines.base import Engine, OnGradient
+from addax_ds.engines.units import units_of
 from addax_ds.errors import UserError
 
 _SKELETON = "_addax_skeleton"
-_UNITS = "_addax_units"
-
-
-def units_of(model: nn.Module) -> list[list[str]]:
-    """Module paths of every FSDP unit: each repeated block, then what stands outside of blocks.
-
-    Embedding, final norm and head must be units of their own: the root's post-backward runs last,
-    so whatever the root owned would keep its whole gradient alive through the backward. Modules
-    that share a weight form one unit.
-    """
-    blocks: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") for block in blocks):
-            blocks += [
-                f"{path}.{name}" for name, child in module.named_children() if any(True for _ in child.parameters())
-            ]
-
-    outside: list[str] = []
-
-    def collect(path: str, module: nn.Module) -> None:
-        inside = f"{path}." if path else ""
-        if path in blocks or not any(True for _ in module.parameters()):
-            return
-        if path and not any(block.startswith(inside) for block in blocks):
-            outside.append(path)
-            return
-        for name, child in module.named_children():
-            collect(inside + name, child)
-
-    collect("", model)
-    units: list[list[str]] = [[block] for block in dict.fromkeys(blocks)]
-    holder: dict[int, list[str]] = {id(p): unit for unit in units for p in model.get_submodule(unit[0]).parameters()}
-    for path in outside:
-        parameters = list(model.get_submodule(path).parameters())
-        shared = next((holder[id(p)] for p in parameters if id(p) in holder), None)
-        unit = shared if shared is not None else []
-        if shared is None:
-            units.append(unit)
-        unit.append(path)
-        holder.update({id(p): unit for p in parameters})
-    return units
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Module:
@@ -70,10 +30,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
     """
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise UserError("the model is already wrapped by fully_shard: give addax_ds.shard the plain model")
+    if "mp_policy" in fully_shard_options:
+        raise UserError(
+            "mp_policy is not supported, zeroth-order forwards would not be cast: load the model in bfloat16"
+        )
     refuse_fsdp1(model)
     skeleton = strip(model)
-    units = units_of(model)
-    for paths in units:
+    for paths in units_of(model):
         modules = [model.get_submodule(path) for path in paths]
         fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, **fully_shard_options)
     fully_shard(model, mesh=mesh, **fully_shard_options)
@@ -83,7 +46,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     # Beside the module's own attributes: a skeleton is no submodule of the model.
-    model.__dict__[_SKELETON], model.__dict__[_UNITS] = skeleton, units
+    model.__dict__[_SKELETON] = skeleton
     return model
 
 
@@ -110,14 +73,9 @@ class FSDP(Engine):
     def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
         super().__init__(model, skeleton)
         self._root = cast(Any, model)  # FSDP2 gives modules further methods
-        self._units: list[list[Any]] = [
-            [model.get_submodule(path) for path in paths] for paths in model.__dict__[_UNITS]
-        ]
         self._unit_of: dict[str, Any] = {}
-        for paths, modules in zip(model.__dict__[_UNITS], self._units, strict=True):
-            for owner in self.owners:
-                if any(owner == path or owner.startswith(f"{path}.") for path in paths):
-                    self._unit_of[owner] = modules[0]
+        for unit in self.units:
+            self._unit_of.update(dict.fromkeys(self.owners_in(unit), model.get_submodule(unit[0])))
         # What no unit holds stays with the root.
         for owner in self.owners:
             self._unit_of.setdefault(owner, model)
@@ -175,10 +133,9 @@ class FSDP(Engine):
         return self._registered(name).full_tensor().detach().clone()
 
     def attach(self, parameters: dict[str, nn.Parameter], gathered: Callable[[], None], on_gradient: OnGradient):
-        for modules in self._units:
-            for module in modules:
-                # Registered after wrapping, so that it runs with the unit gathered.
-                self._handles.append(module.register_forward_pre_hook(lambda *_: gathered()))
+        for path in (path for unit in self.units for path in unit):
+            # Registered after wrapping, so that it runs with the unit gathered.
+            self._handles.append(self._modules[path].register_forward_pre_hook(lambda *_: gathered()))
         for name, parameter in parameters.items():
             self._hooked[name] = parameter
             # FSDP2 itself calls these hooks of the sharded parameter right after the reduce-scatter.
@@ -219,11 +176,19 @@ class FSDP(Engine):
 
     def after_step(self, backward_ran: bool) -> None:
         # A forward without its backward leaves units gathered and listed for a prefetch.
-        if not backward_ran and self._forward_ran():
+        state = self._root._get_fsdp_state()
+        if backward_ran or state._is_root is None:
+            return
+        if hasattr(self._root, "reset_iter_state"):
             self._root.reset_iter_state()
-
-    def _forward_ran(self) -> bool:
-        return self._root._get_fsdp_state()._is_root is not None
+            return
+        # torch before 2.13 has no such call.
+        state._comm_ctx.post_forward_order.clear()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+                for group in _parameter_groups(module):
+                    group._post_forward_indices.clear()
 
 
 def _parameter_groups(module: Any) -> list:

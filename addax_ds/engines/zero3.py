@@ -17,7 +17,6 @@ from torch import nn
 
 from addax_ds.core.shard import Shard
 from addax_ds.engines.base import Engine, OnGradient
-from addax_ds.engines.fsdp import units_of
 
 
 class Zero3(Engine):
@@ -40,8 +39,8 @@ class Zero3(Engine):
             for path, owned in self.owners.items()
         }
         self._unit_of: dict[str, list[Any]] = {}
-        for paths in units_of(model):
-            members = [owner for owner in self.owners if any(owner == p or owner.startswith(f"{p}.") for p in paths)]
+        for paths in self.units:
+            members = self.owners_in(paths)
             unit = list({id(p): p for owner in members for p in self._owned[owner]}.values())
             self._unit_of.update(dict.fromkeys(members, unit))
         for owner in self.owners:

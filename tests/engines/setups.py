@@ -5,7 +5,6 @@ ZeRO-3 pads, and some ranks own nothing of small parameters.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +24,21 @@ from transformers import (
 )
 
 import addax_ds
+from addax_ds.digest import weights_digest
+from addax_ds.engines.choose import choose_engine
 from addax_ds.optimizer import Addax
 
 VOCABULARY, HIDDEN, LAYERS = 97, 15, 2
 
-ENGINES = ("replicated", "zero0", "zero1", "zero2", "fsdp", "hsdp", "zero3", "zero3-offload")
-"""Every engine; hsdp is 2 x 2 and runs on 4 ranks only."""
-SHARDED = ("fsdp", "zero3")
+ENGINES = ("replicated", "zero0", "zero1", "zero2", "fsdp", "hsdp", "zero3", "zero3-evicting", "zero3-offload")
+"""Every engine. hsdp is 2 x 2 and runs on 4 ranks only. zero3 has DeepSpeed's defaults, under which
+models this small stay gathered through a step; zero3-evicting releases every module after its use."""
+EVICTING = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
 HYPER = {"lr": 0.1, "alpha": 0.3, "eps": 1e-3, "zo_micro_batch": 2, "fo_micro_batch": 2}
 
 
@@ -138,6 +145,10 @@ class Running:
     def train_step(self, *args: Any) -> dict[str, Any]:
         return self.optimizer.train_step(*args)
 
+    def digest(self) -> str:
+        """Of all weights, whatever their sharding (a collective)."""
+        return weights_digest(self.engine)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Every weight, whole (collectives)."""
         return {name: self.engine.whole(name) for name in self.engine.names}
@@ -146,6 +157,8 @@ class Running:
 def deepspeed_config(engine: str, hyper: dict | None = None, **zero: Any) -> dict[str, Any]:
     """A ds_config for zero0 .. zero3-offload; without `hyper` it names no optimizer."""
     stage = {"stage": int(engine[4]), **zero}
+    if engine.endswith("evicting"):
+        stage = {**EVICTING, **stage}
     if engine.endswith("offload"):
         stage["offload_param"] = {"device": "cpu"}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage}
@@ -185,18 +198,12 @@ def running(
         addax_ds.shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     elif engine == "hsdp":
         addax_ds.shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    optimizer = Addax(model, **hyper)
-    if groups is not None:
-        optimizer.param_groups.clear()
-        for group in groups(model):
-            optimizer.add_param_group(group)
-        optimizer.attach(optimizer.engine)
+    if groups is None:
+        optimizer = Addax(model, **hyper)
+    else:
+        optimizer = Addax(groups(model), **hyper)
+        optimizer.attach(choose_engine(model))
     try:
         yield Running(optimizer, optimizer.engine, model)
     finally:
         optimizer.detach()
-
-
-def replica_of(model: nn.Module) -> nn.Module:
-    """A plain copy for the reference, taken before the model is sharded."""
-    return copy.deepcopy(model)
