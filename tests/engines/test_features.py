@@ -6,6 +6,7 @@ Features that share nothing run in one case, so that each meets every engine wit
 import copy
 
 import pytest
+import torch
 from torch import nn
 
 from tests.engines.agreement import check_steps
@@ -21,9 +22,10 @@ CELLS = [
 ON_EVERY_ENGINE = pytest.mark.parametrize(("world", "engine"), CELLS, indirect=["world"])
 
 
-def add_unused_head(model: nn.Module) -> None:
-    """A part that no forward reaches: it gets no gradient, but it is trained."""
-    model.unused_head = nn.Linear(HIDDEN, 5)
+def add_unused_part(block: nn.Module) -> None:
+    """A part of a block that no forward enters: it is trained, but gets no gradient."""
+    torch.manual_seed(1)
+    block.unused = nn.Linear(HIDDEN, 5)
 
 
 def is_slow(name: str) -> bool:
@@ -38,9 +40,9 @@ def two_groups(model: nn.Module) -> list[dict]:
     ]
 
 
-def frozen_layer_unused_head_groups_and_decay(engine: str) -> None:
+def frozen_layer_unused_part_groups_and_decay(engine: str) -> None:
     model = build_model("llama-untied")
-    add_unused_head(model)
+    add_unused_part(model.model.layers[1])
     model.model.layers[0].requires_grad_(False)
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     reference = copy.deepcopy(model)
@@ -53,7 +55,7 @@ def frozen_layer_unused_head_groups_and_decay(engine: str) -> None:
 
 @ON_EVERY_ENGINE
 def test_frozen_weights_stay_and_unreached_ones_get_their_zeroth_order_part(world: World, engine: str):
-    world.run(frozen_layer_unused_head_groups_and_decay, engine=engine)
+    world.run(frozen_layer_unused_part_groups_and_decay, engine=engine)
 
 
 def idle_ranks_then_accumulation_with_checkpointing(engine: str) -> None:
@@ -89,7 +91,7 @@ def test_alpha_1_is_mezo_without_a_first_order_batch(world: World, engine: str):
 
 def first_order_only(engine: str) -> None:
     model = build_model("bert")
-    add_unused_head(model)
+    add_unused_part(model.bert.encoder.layer[1])
     reference = copy.deepcopy(model)
     batches = [(None, batch_for("bert", samples, 7, samples)) for samples in (1, 7)]
     with running(engine, model, alpha=0.0, weight_decay=0.1) as run:
