@@ -1,4 +1,4 @@
-"""The default loss: per sample, the mean cross entropy over its label tokens."""
+"""Losses per sample: over label tokens (the default), or over a task's label words."""
 
 import inspect
 from collections.abc import Mapping
@@ -21,13 +21,45 @@ def token_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Ten
     targets = batch["labels"][:, 1:]
     columns = (targets != IGNORED).any(dim=0).nonzero().view(-1)
     targets = targets[:, columns]
-    if takes_logits_to_keep(model):
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs).logits[:, columns]
+    logits = _logits_at(model, inputs, columns)
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (targets != IGNORED).sum(dim=1).clamp(min=1)
     return losses.view_as(targets).sum(dim=1) / counted
+
+
+def choice_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy of the right label word among all of them: float32 [batch].
+
+    batch: see `choice_scores`, with `answer` [batch], the index of the right word. Source: MeZO
+    (Malladi et al., NeurIPS 2023), classification by label words.
+    """
+    return cross_entropy(choice_scores(model, batch), batch["answer"], reduction="none")
+
+
+def choice_scores(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Score of every label word of each sample, the likeliest highest: float32 [batch, words].
+
+    batch: prompts [batch, tokens] with `choices` [batch, words], where each word is one token; or a
+    row for every word, [batch, words, tokens], with `labels` on the word's tokens, whose mean log
+    likelihood then counts, so that a longer word is at no disadvantage.
+    """
+    if "choices" not in batch:
+        rows = {key: value.flatten(0, 1) for key, value in batch.items() if key != "answer"}
+        return -token_loss(model, rows).unflatten(0, batch["input_ids"].shape[:2])
+    inputs = {key: value for key, value in batch.items() if key not in ("choices", "answer")}
+    positions = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    # The last token of each prompt, whichever side the padding is on.
+    columns, column_of = (batch["attention_mask"] * positions).argmax(dim=1).unique(return_inverse=True)
+    logits = _logits_at(model, inputs, columns)
+    samples = torch.arange(len(column_of), device=column_of.device)
+    return logits[samples, column_of].float().gather(1, batch["choices"])
+
+
+def _logits_at(model: nn.Module, inputs: Mapping[str, torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
+    """Logits at some positions [n] of every sample: [batch, n, vocabulary]."""
+    if takes_logits_to_keep(model):
+        return model(**inputs, use_cache=False, logits_to_keep=columns).logits
+    return model(**inputs).logits[:, columns]
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:

@@ -66,6 +66,10 @@ def evaluate(settings: Settings = None, local_rank: LocalRank = None) -> None:
     if settings and "=" not in settings[0] and Path(settings[0]).is_dir():
         folder = Path(settings[0])
         settings = [str(folder / "config.yaml"), f"model={folder / 'model'}", *settings[1:]]
+        # Else a relative folder that is not there would be taken for a hub id.
+        own = not any(setting.startswith("model=") for setting in settings[2:])
+        if own and Path(settings[0]).exists() and not (folder / "model").is_dir():
+            raise UserError(f"{folder / 'model'}: no model in the run folder: give model=..., or train with save=true")
     config = _load(settings)
     world.discover()
     from addax_ds.training.run import score_only

@@ -48,35 +48,36 @@ def collate(examples: Sequence[Example], pad_id: int, side: Side) -> Batch:
 
 
 def micro_batches(examples: Sequence[Example], size: int, pad_id: int, side: Side) -> list[Batch]:
-    """The examples in order, `size` to a collated batch; the last may be smaller."""
-    return [collate(examples[start : start + size], pad_id, side) for start in range(0, len(examples), size)]
+    """The examples in order, `size` to a batch for their task's loss; the last may be smaller."""
+    gather = collate_choices if examples[0].choices else collate
+    return [gather(examples[start : start + size], pad_id, side) for start in range(0, len(examples), size)]
 
 
 def collate_prompts(examples: Sequence[Example], pad_id: int) -> Batch:
     """Prompts alone: input_ids, attention_mask, position_ids.
 
-    Always padded on the left, so that what follows each prompt is predicted at position -1: to
-    generate from, or to score single-token choices.
+    Always padded on the left, so that what follows each prompt is predicted at position -1.
     """
     batch = _pad([(example.prompt, ()) for example in examples], pad_id, "left")
     del batch["labels"]
     return batch
 
 
-def single_token_choices(example: Example) -> torch.Tensor | None:
-    """int64 [choices], the token of every label word, or None when a word has several.
-
-    With it, one forward of `collate_prompts` scores every choice; otherwise take `collate_choices`.
-    """
-    if any(len(choice) != 1 for choice in example.choices):
-        return None
-    return torch.tensor([choice[0] for choice in example.choices])
-
-
 def collate_choices(examples: Sequence[Example], pad_id: int, side: Side) -> Batch:
-    """As `collate`, one row for every choice of every example (example by example), labels on the choice."""
-    rows = [(example.prompt, choice) for example in examples for choice in example.choices]
-    return _pad(rows, pad_id, side)
+    """What `loss.choice_scores` takes: every label word of each example, and `answer` [batch].
+
+    Where each label word is one token, prompts [batch, length] and `choices` [batch, words], since one
+    forward of the prompt scores them all. Otherwise one row for every label word, [batch, words, length],
+    with labels on the word.
+    """
+    answer = torch.tensor([example.answer for example in examples])
+    if all(len(choice) == 1 for example in examples for choice in example.choices):
+        batch = _pad([(example.prompt, ()) for example in examples], pad_id, side)
+        del batch["labels"]
+        choices = torch.tensor([[choice[0] for choice in example.choices] for example in examples])
+        return {**batch, "choices": choices, "answer": answer}
+    rows = _pad([(e.prompt, choice) for e in examples for choice in e.choices], pad_id, side)
+    return {**{key: value.unflatten(0, (len(examples), -1)) for key, value in rows.items()}, "answer": answer}
 
 
 def _pad(rows: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int, side: Side) -> Batch:

@@ -31,9 +31,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise UserError("the model is already wrapped by fully_shard: give addax_ds.shard the plain model")
     if "mp_policy" in fully_shard_options:
-        raise UserError(
-            "mp_policy would not cast zeroth-order forwards: load the model in bfloat16 instead"
-        )
+        raise UserError("mp_policy would not cast zeroth-order forwards: load the model in bfloat16 instead")
     refuse_fsdp1(model)
     skeleton = strip(model)
     for paths in units_of(model):

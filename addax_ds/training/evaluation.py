@@ -14,9 +14,9 @@ from torchmetrics.functional.text import squad
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config import RunConfig
-from addax_ds.data.batches import Batch, collate_choices, collate_prompts, single_token_choices
+from addax_ds.data.batches import Batch, collate_choices, collate_prompts
 from addax_ds.data.tasks import Example
-from addax_ds.loss import takes_logits_to_keep, token_loss
+from addax_ds.loss import choice_scores
 from addax_ds.optimizer import Addax
 
 # Evaluation forwards that share one gather: more save traffic, each keeps a hidden state.
@@ -43,13 +43,12 @@ def evaluate(
     engine = optimizer.engine
     pad_id = tokenizer.pad_token_id
 
-    def place(batch: Batch) -> Batch:
-        return {key: value.to(engine.device) for key, value in batch.items() if key in inputs or key == "labels"}
-
-    if examples[0].choices:
-        score = _choice_scorer(place, pad_id, config.padding)
-    else:
-        score = _completion_scorer(place, pad_id, tokenizer, max_new_tokens)
+    def run_of(chunk: list[Example]) -> Callable[[nn.Module], torch.Tensor]:
+        if chunk[0].choices:
+            batch = placed(collate_choices(chunk, pad_id, config.padding), inputs, engine.device)
+            return lambda model: _choice_score(model, batch)
+        batch = placed(collate_prompts(chunk, pad_id), inputs, engine.device)
+        return lambda model: _completion_score(_generate(model, batch, max_new_tokens), chunk, tokenizer)
 
     # Like lengths together, so that little of a chunk is padding.
     order = sorted(range(len(examples)), key=lambda index: (examples[index].length, index))
@@ -59,7 +58,7 @@ def evaluate(
     for first in range(0, len(chunks), engine.world_size * _LANES):
         # Every rank runs the same number of forwards; the last round is filled up with repeats.
         numbers = [first + engine.rank + lane * engine.world_size for lane in range(_LANES)]
-        runs = [score([examples[index] for index in chunks[min(n, len(chunks) - 1)]]) for n in numbers]
+        runs = [run_of([examples[index] for index in chunks[min(n, len(chunks) - 1)]]) for n in numbers]
         for number, result in zip(numbers, optimizer.run_guests(runs), strict=True):
             if number < len(chunks):
                 scores[chunks[number]] = result
@@ -69,69 +68,29 @@ def evaluate(
     return {"exact_match": first_score, "f1": second_score}
 
 
-def _choice_scorer(place: Callable[[Batch], Batch], pad_id: int, side: Any) -> Callable:
-    """For a chunk, a run that returns float64 [examples, 2]: 1 where the likeliest label word is right."""
-
-    def scorer(chunk: list[Example]) -> Callable[[nn.Module], torch.Tensor]:
-        tokens = [single_token_choices(example) for example in chunk]
-        single = [choices for choices in tokens if choices is not None]
-        answers = torch.tensor([example.answer for example in chunk])
-
-        def run(model: nn.Module) -> torch.Tensor:
-            if len(single) == len(chunk):
-                # One forward scores every label word where each is one token.
-                logits = _last_logits(model, place(collate_prompts(chunk, pad_id)))
-                likelihoods = logits.cpu().gather(1, torch.stack(single))
-            else:
-                # Per token, so that a longer label word is at no disadvantage.
-                losses = token_loss(model, place(collate_choices(chunk, pad_id, side)))
-                likelihoods = -losses.cpu().view(len(chunk), -1)
-            right = (likelihoods.argmax(dim=1) == answers).double()
-            return torch.stack((right, right), dim=1)
-
-        return run
-
-    return scorer
+def placed(batch: Batch, inputs: frozenset[str], device: torch.device) -> Batch:
+    """The batch on a device, without what neither the model's forward nor a loss takes."""
+    wanted = inputs | {"labels", "choices", "answer"}
+    return {key: value.to(device) for key, value in batch.items() if key in wanted}
 
 
-def _last_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits after the last position of a left-padded batch: float32 [batch, vocabulary]."""
-    if takes_logits_to_keep(model):
-        return model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    return model(**batch).logits[:, -1].float()
+def _choice_score(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """float64 [examples, 2], 1 where the likeliest label word is right (twice, for the shape)."""
+    right = choice_scores(model, batch).argmax(dim=1) == batch["answer"]
+    return right.double().cpu().unsqueeze(1).expand(-1, 2)
 
 
-def _completion_scorer(
-    place: Callable[[Batch], Batch], pad_id: int, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> Callable:
-    """For a chunk, a run that returns float64 [examples, 2]: exact match and F1 of the greedy answer."""
-
-    def scorer(chunk: list[Example]) -> Callable[[nn.Module], torch.Tensor]:
-        def run(model: nn.Module) -> torch.Tensor:
-            generated = _generate(model, place(collate_prompts(chunk, pad_id)), max_new_tokens)
-            scores = []
-            for example, row in zip(chunk, generated.tolist(), strict=True):
-                if tokenizer.eos_token_id in row:
-                    row = row[: row.index(tokenizer.eos_token_id)]
-                answer = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
-                result = squad(
-                    [{"prediction_text": answer, "id": "0"}],
-                    [
-                        {
-                            "answers": {
-                                "answer_start": [0] * len(example.references),
-                                "text": list(example.references),
-                            },
-                            "id": "0",
-                        }
-                    ],
-                )
-                scores.append([float(result["exact_match"]) / 100, float(result["f1"]) / 100])
-            return torch.tensor(scores, dtype=torch.float64)
-
-        return run
-
-    return scorer
+def _completion_score(tokens: torch.Tensor, chunk: list[Example], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """float64 [examples, 2]: exact match and F1 of each greedy answer (the SQuAD measures)."""
+    scores = []
+    for example, row in zip(chunk, tokens.tolist(), strict=True):
+        if tokenizer.eos_token_id in row:
+            row = row[: row.index(tokenizer.eos_token_id)]
+        answer = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+        references: dict[str, Any] = {"answer_start": [0] * len(example.references), "text": list(example.references)}
+        result = squad([{"prediction_text": answer, "id": "0"}], [{"answers": references, "id": "0"}])
+        scores.append([float(result["exact_match"]) / 100, float(result["f1"]) / 100])
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def _generate(model: nn.Module, batch: Batch, count: int) -> torch.Tensor:

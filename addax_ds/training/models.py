@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -63,7 +65,7 @@ def load_model(location: str, config: RunConfig) -> nn.Module:
 def _from_pretrained(kind: Any, location: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(location, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of another shape
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"model {location} cannot be loaded: {first_line}") from None
 
@@ -82,6 +84,11 @@ def read_ds_config(config: RunConfig) -> dict[str, Any]:
         raise UserError(f"ds_config {path}: {error.strerror}: give the path of a DeepSpeed configuration") from None
     except ValueError as error:
         raise UserError(f"ds_config {path}: not JSON: {error}") from None
+    if not isinstance(ds_config, dict):
+        raise UserError(f"ds_config {path}: a DeepSpeed configuration is an object in braces")
+    for key in ("optimizer", "bf16", "zero_optimization"):
+        if not isinstance(ds_config.get(key, {}), dict):
+            raise UserError(f"ds_config {path}: {key} is {ds_config[key]!r}: it must be an object in braces")
     kind = ds_config.get("optimizer", {}).get("type", "Addax")
     if kind != "Addax":
         raise UserError(f'ds_config {path}: optimizer type is {kind}: set it to "Addax" or remove it')
@@ -107,7 +114,14 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Addax:
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        _, optimizer, _, _ = deepspeed.initialize(model=model, config=read_ds_config(config))
+        ds_config = read_ds_config(config)
+        # Its faults come as assertions and validation errors, told from a crash only here.
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        try:
+            deepspeed.DeepSpeedConfig(ds_config)
+        except Exception as error:
+            raise UserError(f"ds_config {config.ds_config}: DeepSpeed does not take it: {error}") from None
+        _, optimizer, _, _ = deepspeed.initialize(model=model, config=ds_config)
         return optimizer.optimizer
     if config.engine == "fsdp":
         if world.size % config.replicas:

@@ -26,8 +26,9 @@ from addax_ds.data.sources import load_records, split_records
 from addax_ds.data.tasks import Example, encode
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
+from addax_ds.loss import choice_loss, token_loss
 from addax_ds.optimizer import Addax
-from addax_ds.training.evaluation import evaluate, metric_name
+from addax_ds.training.evaluation import evaluate, metric_name, placed
 from addax_ds.training.export import export
 from addax_ds.training.metrics import METRICS, MetricsWriter, write_json
 from addax_ds.training.models import (
@@ -85,8 +86,7 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
     check_pools(pools, config.k0, config.k1, config.alpha)
-    if config.output is not None and (Path(config.output) / METRICS).exists():
-        raise UserError(f"output {config.output} holds a run already: choose another folder or remove it")
+    _check_output(config.output)
     with joined() as world:
         return _train(config, prepared, pools, world, started)
 
@@ -104,6 +104,7 @@ def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World
         return evaluate(optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens)
 
     metric = metric_name(prepared.held_out)
+    loss_fn = choice_loss if prepared.task.labels else token_loss
     before = score()
     say(f"before: {metric} {before[metric]:.3f} on {len(prepared.held_out)} held-out samples")
 
@@ -119,9 +120,9 @@ def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World
         # The second step: the first builds engines' caches, and one is enough, since counting slows it.
         if step == min(1, config.steps - 1):
             with WireCounter() as wire:
-                metrics = optimizer.train_step(zo, fo)
+                metrics = optimizer.train_step(zo, fo, loss_fn)
         else:
-            metrics = optimizer.train_step(zo, fo)
+            metrics = optimizer.train_step(zo, fo, loss_fn)
         elapsed = time.monotonic() - begun
         seconds.append(elapsed)
         skipped += metrics["skipped"]
@@ -168,6 +169,18 @@ def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World
     return {**summary, "folder": str(folder)}
 
 
+def _check_output(output: str | None) -> None:
+    """Raises `UserError` where a run folder cannot be made without touching what is there."""
+    if output is None:
+        return
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {output} is a file: choose another folder")
+    for name in (METRICS, "model"):
+        if (folder / name).exists():
+            raise UserError(f"output {output} holds a run already ({name}): choose another folder or remove it")
+
+
 def _open_folder(config: RunConfig, pools: Partition, world: World) -> Path:
     """Name and make the run folder and write what is known of the run before its first step."""
     stamp = [datetime.datetime.now().strftime("%Y%m%d-%H%M%S")]
@@ -205,7 +218,7 @@ def _batches(
     def draw(pool: tuple[int, ...], size: int, stream: Any, micro_batch: int) -> list[Batch]:
         examples = [prepared.train[index] for index in batch_indices(pool, size, config.seed, stream, step)]
         batches = micro_batches(examples, micro_batch, prepared.tokenizer.pad_token_id, config.padding)
-        return [{k: v.to(device) for k, v in batch.items() if k in inputs or k == "labels"} for batch in batches]
+        return [placed(batch, inputs, device) for batch in batches]
 
     zo = draw(pools.zo, config.k0, "zo", config.zo_micro_batch) if config.alpha > 0 else None
     fo = draw(pools.fo, config.k1, "fo", config.fo_micro_batch) if config.alpha < 1 else None

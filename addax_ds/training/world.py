@@ -3,12 +3,15 @@
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from addax_ds.errors import UserError
 
 # A collective that takes longer than this has lost a rank.
 _TIMEOUT = timedelta(minutes=10)
@@ -79,5 +82,18 @@ def joined() -> Iterator[World]:
         yield World(rank, local_rank, size, device)
         # A rank that leaves early takes its sockets from collectives still under way.
         dist.barrier()
+    except UserError:
+        _let_others_meet_it(size)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _let_others_meet_it(size: int) -> None:
+    """Wait a moment for ranks that meet the same fault: they may still need this one's sockets."""
+    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + 5.0
+    with contextlib.suppress(dist.DistError):  # the store is gone with rank 0, which waits as well
+        count = store.add("addax_ds/fault", 1)
+        while count < size and time.monotonic() < end:
+            time.sleep(0.05)
+            count = store.add("addax_ds/fault", 0)

@@ -8,9 +8,9 @@ from addax_ds.data.batches import (
     collate_choices,
     collate_prompts,
     micro_batches,
-    single_token_choices,
 )
 from addax_ds.data.tasks import Example
+from addax_ds.loss import choice_loss, choice_scores
 
 PAD = 0
 CHOICES = ((11, 12), (13,))
@@ -116,7 +116,8 @@ def test_padding_on_either_side_leaves_the_loss_of_a_real_model_alone(model):
 
 
 def test_micro_batches_keep_the_order_and_pad_to_their_own_longest():
-    batches = micro_batches(EXAMPLES, 2, PAD, "right")
+    completions = [Example(e.prompt, e.target, (), -1, ("x",)) for e in EXAMPLES]
+    batches = micro_batches(completions, 2, PAD, "right")
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 7), (1, 4)]
     assert batches[1]["input_ids"].tolist() == [[0, 7, 8, 13]]
 
@@ -132,18 +133,31 @@ def test_prompt_batches_end_at_the_prompt_so_that_position_minus_1_predicts(mode
             torch.testing.assert_close(together[row], alone, rtol=1e-9, atol=1e-12)
 
 
-def test_single_token_choices_are_found_only_when_every_word_is_one_token():
-    assert single_token_choices(EXAMPLES[0]) is None
-    one = Example((1,), (11,), ((11,), (13,)), 0, ())
-    assert single_token_choices(one).tolist() == [11, 13]
-
-
-def test_choice_rows_score_as_each_choice_alone_does(model):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_label_words_of_several_tokens_score_as_each_alone_does(model, side):
     with torch.no_grad():
-        rows = losses(model, collate_choices(EXAMPLES[:2], PAD, "left"))
+        scores = choice_scores(model, collate_choices(EXAMPLES, PAD, side))
         alone = [
-            losses(model, collate([Example(e.prompt, choice, (), 0, ())], PAD, "right"))
-            for e in EXAMPLES[:2]
-            for choice in CHOICES
+            [-losses(model, collate([Example(e.prompt, choice, (), 0, ())], PAD, "right")) for choice in CHOICES]
+            for e in EXAMPLES
         ]
-    torch.testing.assert_close(rows, torch.cat(alone), rtol=1e-9, atol=0)
+    torch.testing.assert_close(scores.double(), torch.tensor(alone, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_forward_for_one_token_words_gives_the_loss_of_a_forward_for_each(model, side):
+    words = ((11,), (13,), (9,))
+    examples = [Example(e.prompt, words[e.answer], words, e.answer, ()) for e in EXAMPLES]
+    one = collate_choices(examples, PAD, side)
+    assert one["input_ids"].shape == (3, 5)
+    rows = [collate([Example(e.prompt, w, (), 0, ()) for w in words], PAD, side) for e in examples]
+    with torch.no_grad():
+        each = torch.stack([-losses(model, batch) for batch in rows])
+        expected = torch.nn.functional.cross_entropy(each, one["answer"], reduction="none")
+        torch.testing.assert_close(choice_loss(model, one).double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_micro_batches_of_a_classification_ask_for_its_label_words():
+    (batch,) = micro_batches(EXAMPLES, 3, PAD, "left")
+    assert batch["answer"].tolist() == [0, 1, 1]
+    assert batch["input_ids"].shape == (3, 2, 7)
