@@ -65,7 +65,10 @@ class AddaxConfig:
         _require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: it must lie in [0, 1]")
         _require(0 < self.eps < math.inf, f"eps is {self.eps}: it must be above 0, and finite")
         _require(self.queries >= 1, f"queries is {self.queries}: it must be 1 or more")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}: it must be 0 or more")
+        _require(
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay is {self.weight_decay}: it must be 0 or more, and finite",
+        )
         _require(0 <= self.seed < 2**53, f"seed is {self.seed}: it must lie in [0, 2**53)")
         _require(self.zo_micro_batch >= 1, f"zo_micro_batch is {self.zo_micro_batch}: it must be 1 or more")
         _require(self.fo_micro_batch >= 1, f"fo_micro_batch is {self.fo_micro_batch}: it must be 1 or more")
@@ -185,8 +188,10 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
             raise UserError(f"{where}: {cause}") from None
-        key = ".".join(str(part) for part in first["loc"][:1])
-        raise UserError(f"{where}: {key} is {first.get('input')!r}: {first['msg']}") from None
+        setting = first["loc"][0]
+        # A setting of several types has one complaint for each.
+        complaints = " or ".join(e["msg"].lower() for e in error.errors() if e["loc"][0] == setting)
+        raise UserError(f"{where}: {setting} is {first.get('input')!r}: {complaints}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -215,7 +220,7 @@ def load_run(path: str | None, overrides: list[str]) -> RunConfig:
         try:
             value = parse_value(text)
         except yaml.YAMLError:
-            raise UserError(f"{override}: the value is not YAML") from None
+            raise UserError(f"{override}: the value is not YAML: quote it, as in {key}='\"...\"'") from None
         outer, dot, inner = key.partition(".")
         if dot:
             group = values.get(outer) or {}

@@ -15,6 +15,7 @@ from torch import nn
 
 from addax_ds.config import AddaxConfig, build
 from addax_ds.core import kernels
+from addax_ds.core.checkpointing import refuse_reentrant
 from addax_ds.core.dropout import set_dropout
 from addax_ds.core.lanes import Job, Lanes, Perturbation
 from addax_ds.core.noise import step_seed
@@ -65,7 +66,10 @@ class Addax(torch.optim.Optimizer):
         self._host_entered: set[str] = set()  # paths of modules, noted in the first step
         defaults = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
         if isinstance(params, nn.Module):
-            super().__init__([p for p in params.parameters() if p.requires_grad], defaults)
+            trainable = [p for p in params.parameters() if p.requires_grad]
+            if not trainable:
+                raise UserError("no parameter of the model is trainable: leave requires_grad on for some")
+            super().__init__(trainable, defaults)
             self.attach(choose_engine(params))
         else:
             # Parameters without their model come from DeepSpeed, or go to it.
@@ -137,7 +141,10 @@ class Addax(torch.optim.Optimizer):
         scalars = Scalars(config.queries, list(map(batch_size, zo)), list(map(batch_size, fo)), engine.world_size)
         scalars.put_fingerprint(engine.rank, fingerprint(zo + fo))
         self._check_idle()
+        refuse_reentrant(engine.model)
         engine.before_step()
+        if self.steps == 0:
+            self._check_batches_agree(fingerprint(zo + fo))
         backward_ran = not fo
         try:
             guests = self._start_guests(zo, seed, loss_fn, idle_joins=not fo)
@@ -181,6 +188,17 @@ class Addax(torch.optim.Optimizer):
         self._lanes.start([job for _, job in guests])
         self._lanes.advance()
         return guests
+
+    def _check_batches_agree(self, mine: int) -> None:
+        """Raises `UserError` where ranks hold different batches, before any forward.
+
+        Every step notices other tokens in its own all-reduce; but with batches of other sizes ranks
+        would wait for each other in vain. An all-reduce of its own, so only in the first step.
+        """
+        check = Scalars(0, [], [], self.engine.world_size)
+        check.put_fingerprint(self.engine.rank, mine)
+        check.vector = self.engine.sum(check.vector)
+        check.check_fingerprints()
 
     def _point(self, seed: int, query: int, sign: int) -> Perturbation:
         return Perturbation(seed, query, sign, self.config.eps, self.config.distribution)
@@ -261,6 +279,7 @@ class Addax(torch.optim.Optimizer):
         """
         engine, seed = self.engine, step_seed(self.config.seed, self.steps)
         self._check_idle()
+        refuse_reentrant(engine.model)
         engine.before_step()
         points = [self._point(seed, query, sign) for query in range(self.config.queries) for sign in (1, -1)]
         jobs = [Job(lambda model: _per_sample(loss_fn(model)).double().cpu(), point) for point in points]

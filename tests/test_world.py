@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.world import CaseFailed, World
+from tests.world import CaseError, World
 
 PAIR = pytest.mark.parametrize("world", [2], indirect=True)
 
@@ -52,7 +52,7 @@ def test_a_world_is_started_once_and_talks(world: World):
 def test_an_error_a_death_and_a_hang_fail_and_the_next_case_works(world: World, case, evidence):
     world.run(total_of_ranks, add=1)  # started, so that the limit is the case's alone
     began = time.monotonic()
-    with pytest.raises(CaseFailed, match=evidence):
+    with pytest.raises(CaseError, match=evidence):
         world.run(case, rank=1, seconds=5)
     assert time.monotonic() - began < 15
     assert [total for total, _ in world.run(total_of_ranks, add=1)] == [3, 3]

@@ -10,7 +10,6 @@ dies, fails with the stacks of every rank; its world is killed and the next case
 import faulthandler
 import gc
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,8 +18,11 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests.forkserver import ENVIRONMENT, context
 
 CASE_SECONDS = 120.0
 # What the other ranks get to finish once one has failed: they may wait for it in a collective.
@@ -29,7 +31,7 @@ GRACE_SECONDS = 3.0
 WRITE_STACKS = signal.SIGUSR1
 
 
-class CaseFailed(AssertionError):
+class CaseError(AssertionError):
     """A case failed, hung or died on some rank; the message holds the remote evidence."""
 
 
@@ -38,7 +40,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
         self._folder: Path | None = None
 
@@ -58,25 +60,17 @@ class World:
             what = "died" if rank in dead else "was still running"
             report.append(f"rank {rank} of {self.size} {what} in {case.__qualname__}\n{self._evidence(rank)}")
         self.kill()
-        raise CaseFailed("\n".join(report))
+        raise CaseError("\n".join(report))
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = Path(tempfile.mkdtemp(prefix="world-"))
-        # One thread a rank: the ranks share few cores, and sums must not depend on their number.
-        threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        os.environ.update(dict.fromkeys(threads, "1"))
-        try:
-            for rank in range(self.size):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, self.size, self._folder, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._connections.append(ours)
-        finally:
-            for name, value in threads.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for rank in range(self.size):
+            ours, theirs = context().Pipe()
+            process = context().Process(target=_serve, args=(rank, self.size, self._folder, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
 
     def _collect(self, deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
         """Answers by rank until all have come, one has failed and its grace is over, or the deadline."""
@@ -131,7 +125,7 @@ def _serve(rank: int, size: int, folder: Path, connection: Connection) -> None:
 
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     while True:
@@ -141,7 +135,7 @@ def _serve(rank: int, size: int, folder: Path, connection: Connection) -> None:
             return
         try:
             answer = True, case(**kwargs)
-        except BaseException:  # noqa: BLE001 - everything is the case's failure
+        except BaseException:
             answer = False, traceback.format_exc()
         gc.collect()
         connection.send(answer)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 
 class Absent(torch.Tensor):
@@ -26,8 +27,8 @@ class Absent(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
-        absent = next((arg for arg in args if isinstance(arg, Absent)), None)
-        name = absent.weight_name if absent is not None else "a weight"
+        absent = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Absent)]
+        name = absent[0].weight_name if absent else "a weight"
         raise RuntimeError(
             f"{name} is read outside the forward of the module that owns it ({function}); zeroth-order "
             "forwards hold a weight only there: have the loss function call that module"

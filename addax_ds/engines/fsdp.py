@@ -169,6 +169,8 @@ class FSDP(Engine):
                     "set_requires_gradient_sync(False) (accelerate's no_sync) would drop gradients in silence: "
                     "leave it on; train_step cuts batches into micro-batches itself"
                 )
+            if not group.all_reduce_grads:
+                raise UserError("set_requires_all_reduce(False) would drop gradients in silence: leave it at True")
             if not group.reshard_after_backward:
                 raise UserError("set_reshard_after_backward(False) would leave old weights gathered: leave it at True")
 

@@ -7,15 +7,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from addax_ds.core.skeleton import Absent, link_buffers
 from addax_ds.engines.base import Engine
 
 
 def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer to `folder`, whole or not at all.
 
-    A collective: parameters are gathered one by one, and rank 0 keeps and writes them.
+    Persistent buffers are saved too. A collective: parameters are gathered one by one, and rank 0
+    keeps and writes them.
     """
-    weights = {}
+    link_buffers(engine.skeleton, engine.model)
+    weights = {key: value for key, value in engine.skeleton.state_dict().items() if not isinstance(value, Absent)}
     for name in engine.names:
         whole = engine.whole(name)
         if engine.rank == 0:

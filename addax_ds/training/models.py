@@ -54,7 +54,11 @@ def context_length(location: str) -> int:
 def load_model(location: str, config: RunConfig) -> nn.Module:
     """The model in the run's dtype, on the CPU."""
     transformers_logging.disable_progress_bar()  # one bar a rank would garble the terminal
-    model = _from_pretrained(AutoModelForCausalLM, location, dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    model, loaded = _from_pretrained(AutoModelForCausalLM, location, dtype=dtype, output_loading_info=True)
+    if loaded["missing_keys"]:
+        # They would be random numbers, with a warning that scrolls by.
+        raise UserError(f"model {location} lacks weights ({min(loaded['missing_keys'])}): give a complete causal model")
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} cannot checkpoint activations: set activation_checkpointing=false")
@@ -111,8 +115,10 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Addax:
     """Put the model on the run's engine and return its optimizer."""
     if config.engine == "deepspeed":
         # Imported here: DeepSpeed is an extra, and its import takes seconds.
-        import deepspeed
-
+        try:
+            import deepspeed
+        except ImportError:
+            raise UserError("engine: deepspeed needs DeepSpeed: pip install 'addax-ds[deepspeed]'") from None
         deepspeed.utils.logger.setLevel(logging.WARNING)
         ds_config = read_ds_config(config)
         # Its faults come as assertions and validation errors, told from a crash only here.

@@ -41,6 +41,11 @@ def discover() -> None:
     """
     if "RANK" in os.environ:
         return
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        # Each task would take itself for a world of one and write the same folder.
+        raise UserError(
+            "srun alone does not tell ranks their address: have it start torchrun on each node, or use mpirun"
+        )
     if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
         _discover_mpi()
         return
@@ -48,8 +53,10 @@ def discover() -> None:
 
 
 def _discover_mpi() -> None:
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError("mpirun needs mpi4py: pip install 'addax-ds[mpi]'") from None
     everyone = MPI.COMM_WORLD
     node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     address = "127.0.0.1" if node.Get_size() == everyone.Get_size() else socket.gethostname()

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, forked from a server that has imported torch and DeepSpeed once.
+"""Commands in processes of their own, forked from a server that has imported everything once.
 
     result = run("train", run_file, "steps=2", ranks=2, cwd=tmp_path)
 
@@ -7,7 +7,6 @@ The real launchers are tested in tests/launch.
 """
 
 import faulthandler
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,18 +15,10 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+
+from tests.forkserver import ENVIRONMENT, context
 
 SECONDS = 120.0
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "COLUMNS": "120",
-}
-_PRELOADED = ["addax_ds.training.run", "addax_ds.training.report", "deepspeed", "datasets", "rich.console"]
-_context: Any = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +48,11 @@ class Result:
         return self
 
 
-def run(*arguments: object, cwd: Path, ranks: int = 1, seconds: float = SECONDS) -> Result:
-    """`addax-ds ARGUMENTS` on `ranks` ranks in the folder `cwd`; a hang is a failure with stacks."""
+def run(*arguments: object, cwd: Path, ranks: int = 1, plots: bool = False, seconds: float = SECONDS) -> Result:
+    """`addax-ds ARGUMENTS` on `ranks` ranks in the folder `cwd`; a hang is a failure with stacks.
+
+    plots: whether `train` writes its report, which takes longer than a tiny run.
+    """
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory(prefix="command-") as logs:
         places = [Path(logs) / str(rank) for rank in range(ranks)]
@@ -67,10 +61,8 @@ def run(*arguments: object, cwd: Path, ranks: int = 1, seconds: float = SECONDS)
             launcher = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes = []
         for rank, place in enumerate(places):
-            environment = dict(launcher)
-            if ranks > 1:
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _forkserver().Process(target=_main, args=(words, environment, str(cwd), str(place), seconds))
+            own = launcher | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            process = context().Process(target=_main, args=(words, own, str(cwd), str(place), plots, seconds))
             process.start()
             processes.append(process)
         hung = _join(processes, time.monotonic() + seconds + 5)
@@ -80,26 +72,15 @@ def run(*arguments: object, cwd: Path, ranks: int = 1, seconds: float = SECONDS)
         return Result([process.exitcode for process in processes], outputs, errors)
 
 
+def environment() -> dict[str, str]:
+    """For real processes: this one's environment and what the forked ones get."""
+    return {**os.environ, **ENVIRONMENT}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _forkserver() -> Any:
-    global _context
-    if _context is None:
-        _context = multiprocessing.get_context("forkserver")
-        _context.set_forkserver_preload(_PRELOADED)
-        # The server, and so DeepSpeed at its import, sees what the environment is now.
-        before = dict(os.environ)
-        os.environ.update(ENVIRONMENT)
-        try:
-            multiprocessing.forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-    return _context
 
 
 def _join(processes: list, deadline: float) -> list[int]:
@@ -114,17 +95,21 @@ def _join(processes: list, deadline: float) -> list[int]:
     return hung
 
 
-def _main(words: list[str], environment: dict[str, str], cwd: str, place: str, seconds: float) -> None:
+def _main(words: list[str], own: dict[str, str], cwd: str, place: str, plots: bool, seconds: float) -> None:
     """One rank."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(place + suffix, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
     faulthandler.dump_traceback_later(seconds, exit=True)
-    os.environ.update(ENVIRONMENT, **environment)
+    os.environ.update(ENVIRONMENT, **own)
     os.chdir(cwd)
     import torch
 
     torch.set_num_threads(1)
+    if not plots:
+        from addax_ds.training import report
+
+        report.write_report = lambda folder: folder / "report.html"
     sys.argv = ["addax-ds", *words]
     from addax_ds.cli.main import main
 

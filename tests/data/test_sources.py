@@ -162,7 +162,5 @@ def test_split_may_leave_either_side_empty_on_request():
 
 @pytest.mark.parametrize(("train", "held_out"), [(81, 20), (None, 100), (None, 101), (0, 101)])
 def test_too_few_records_name_the_numbers(train, held_out):
-    with pytest.raises(
-        UserError, match=f"100 records are too few for train_samples.* and eval_samples={held_out}"
-    ):
+    with pytest.raises(UserError, match=f"100 records are too few for train_samples.* and eval_samples={held_out}"):
         split_records(NUMBERED, train, held_out, seed=1)

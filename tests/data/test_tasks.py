@@ -84,10 +84,7 @@ def test_completion_brings_or_finds_white_space_instead_of_a_second_space(byte_l
     spaced = one({"question": "q", "answer": " Paris"}, ANSWER, byte_level)
     assert byte_level.decode(list(spaced.target[:-1])) == " Paris"
     task = TaskConfig(prompt="{question}\n", completion="answer")
-    assert (
-        byte_level.decode(list(one({"question": "q", "answer": "yes"}, task, byte_level).target[:-1]))
-        == "yes"
-    )
+    assert byte_level.decode(list(one({"question": "q", "answer": "yes"}, task, byte_level).target[:-1])) == "yes"
 
 
 def test_a_number_is_an_answer(byte_level):
@@ -150,9 +147,7 @@ def test_too_long_names_the_record_its_length_and_the_limit(byte_level):
     length = one(FILM, SENTIMENT, byte_level).length
     assert one(FILM, SENTIMENT, byte_level, length)
     short = {"text": "a", "label": 1}
-    with pytest.raises(
-        UserError, match=rf"record 2 .*: {length} tokens, the model takes {length - 1} \(1 of 2"
-    ):
+    with pytest.raises(UserError, match=rf"record 2 .*: {length} tokens, the model takes {length - 1} \(1 of 2"):
         encode([short, FILM], SENTIMENT, byte_level, length - 1)
 
 

@@ -183,7 +183,9 @@ def running(
         import deepspeed
 
         if groups is None:
-            wrapped, optimizer, _, _ = deepspeed.initialize(model=model, config=deepspeed_config(engine, hyper, **zero or {}))
+            wrapped, optimizer, _, _ = deepspeed.initialize(
+                model=model, config=deepspeed_config(engine, hyper, **zero or {})
+            )
         else:
             wrapped, optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=Addax(groups(model), **hyper), config=deepspeed_config(engine, **zero or {})

@@ -11,7 +11,9 @@ ZO_HYPER = {"alpha": 1.0, "lr": 1e-2, "queries": 2, "weight_decay": 0.05}
 CELLS = [
     pytest.param(size, engine, id=f"{engine}-{size}")
     for engine in ENGINES
-    for size in ((4,) if engine == "hsdp" else (1, 2, 3, 4) if engine in ("replicated", "fsdp", "zero3-evicting") else (3,))
+    for size in (
+        (4,) if engine == "hsdp" else (1, 2, 3, 4) if engine in ("replicated", "fsdp", "zero3-evicting") else (3,)
+    )
 ]
 
 

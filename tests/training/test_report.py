@@ -21,9 +21,7 @@ PNGS = ("loss.png", "projected_gradient.png", "accuracy.png", "lengths.png", "me
 DIGEST = "sha256:" + "ab12" * 16
 
 
-def make_run(
-    folder, *, steps=20, alpha=0.5, lt=24, skipped=(), queries=1, metric="accuracy", scores=True, **changes
-):
+def make_run(folder, *, steps=20, alpha=0.5, lt=24, skipped=(), queries=1, metric="accuracy", scores=True, **changes):
     """A run folder as the train command leaves it; `changes` go into the summary."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(3.2, 0.45, 300).astype(int), 4, 71)
@@ -155,9 +153,7 @@ def test_the_page_says_so_when_nothing_was_evaluated(tmp_path):
 def test_everything_foreign_is_escaped(tmp_path):
     attack = "<script>alert('x')</script> & \"{braces}\""
     folder = make_run(tmp_path, model=attack, data=attack, method=attack, engine=attack, final_digest=attack)
-    write_json(
-        folder / "summary.json", read_json(folder / "summary.json") | {"wire_bytes_per_step": {attack: 1}}
-    )
+    write_json(folder / "summary.json", read_json(folder / "summary.json") | {"wire_bytes_per_step": {attack: 1}})
     (folder / "config.yaml").write_text(f"model: {attack}\n</pre><b>\n")
     text = write_report(folder).read_text()
     tags, words = [], []

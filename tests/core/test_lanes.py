@@ -1,0 +1,240 @@
+"""Guests: forwards on threads of their own that share what is gathered and leave nothing behind."""
+
+import contextlib
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from addax_ds.core import lanes as lanes_module
+from addax_ds.core.lanes import Job, Lanes, Perturbation
+from addax_ds.core.noise import noise
+from addax_ds.core.skeleton import strip
+
+EPS = 0.1
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.outer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.outer(torch.tanh(self.inner(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class OneUnitAtATime:
+    """Weights of which one top-level unit is gathered at a time, by `gather`."""
+
+    def __init__(self, model: nn.Module, frozen: tuple[str, ...] = ()) -> None:
+        self.model, self.frozen = model, frozen
+        self.gathered: str | None = None
+        self.gathers: list[str] = []
+
+    def unit(self, path: str) -> str:
+        return ".".join(path.split(".")[:2]) if path.startswith("blocks") else path
+
+    def trainable(self, name: str) -> bool:
+        return name not in self.frozen
+
+    def is_gathered(self, path: str) -> bool:
+        return self.gathered == self.unit(path)
+
+    def weight(self, path: str, local: str) -> torch.Tensor:
+        assert self.is_gathered(path), f"{path} is read while {self.gathered} is gathered"
+        return getattr(self.model.get_submodule(path), local)
+
+    @contextlib.contextmanager
+    def gather(self, path: str):
+        self.gathered = self.unit(path)
+        self.gathers.append(self.gathered)
+        yield
+        self.gathered = None
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture
+def weights(model) -> OneUnitAtATime:
+    return OneUnitAtATime(model)
+
+
+@pytest.fixture
+def lanes(model, weights):
+    lanes = Lanes(model, strip(model), weights)
+    yield lanes
+    lanes.close()
+
+
+X = torch.linspace(-1, 1, 24).view(4, 6)
+
+
+def points(queries: int = 1, repeats: int = 1) -> list[Perturbation]:
+    return [Perturbation(3, q, sign, EPS) for q in range(queries) for _ in range(repeats) for sign in (1, -1)]
+
+
+def moved(model: nn.Module, point: Perturbation) -> torch.Tensor:
+    """The forward at theta + sign eps z, computed the plain way."""
+    weights = {
+        name: p + point.sign * EPS * noise(point.seed, name, 0, p.numel(), query=point.query).view_as(p)
+        for name, p in model.named_parameters()
+    }
+    with torch.no_grad():
+        return torch.func.functional_call(model, weights, (X,))
+
+
+def test_guests_see_their_own_point_and_weights_stay(model, lanes):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    jobs = [Job(lambda m: m(X), point) for point in points(queries=2)] + [Job(lambda m: m(X))]
+    lanes.start(jobs)
+    lanes.drive()
+    for job in jobs[:-1]:
+        # The same float32 operations on the same weights; only their place in memory differs.
+        torch.testing.assert_close(job.result, moved(model, job.perturbation), rtol=1e-6, atol=1e-6)
+        assert not job.result.requires_grad
+    assert torch.equal(jobs[-1].result, model(X))
+    assert len({tuple(job.result.flatten().tolist()) for job in jobs}) == 5
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_frozen_weights_are_not_moved(model):
+    frozen = tuple(name for name, _ in model.named_parameters())
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model, frozen))
+    jobs = [Job(lambda m: m(X), point) for point in points()]
+    lanes.start(jobs)
+    lanes.drive()
+    assert all(torch.equal(job.result, model(X)) for job in jobs)
+    lanes.close()
+
+
+def test_one_gather_of_a_unit_serves_all_guests(lanes, weights):
+    lanes.start([Job(lambda m: m(X), point) for point in points(queries=3, repeats=2)])
+    lanes.drive()
+    assert weights.gathers == ["blocks.0", "blocks.1", "blocks.2", "head"]
+
+
+def test_noise_is_drawn_once_per_module_and_direction(model, lanes, monkeypatch):
+    drawn = []
+
+    def counting(weight, scale, seed, name, query, distribution):
+        drawn.append((name, query))
+        return perturb(weight, scale, seed, name, query, distribution)
+
+    perturb = lanes_module.perturb
+    monkeypatch.setattr(lanes_module, "perturb", counting)
+    lanes.start([Job(lambda m: m(X), point) for point in points(queries=2, repeats=3)])
+    lanes.drive()
+    assert sorted(drawn) == sorted((name, query) for name, _ in model.named_parameters() for query in range(2))
+
+
+def test_only_one_modules_copies_are_alive(model, lanes, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def watching(*args):
+        nonlocal most
+        pair = perturb(*args)
+        alive.extend(weakref.ref(side) for side in pair)
+        most = max(most, sum(ref().numel() for ref in alive if ref() is not None))
+        return pair
+
+    perturb = lanes_module.perturb
+    monkeypatch.setattr(lanes_module, "perturb", watching)
+    lanes.start([Job(lambda m: m(X), point) for point in points(queries=2, repeats=2)])
+    lanes.drive()
+    # Both signs of the largest module that owns weights, while that of before is given up.
+    largest = sum(p.numel() for p in model.blocks[0].inner.parameters())
+    assert 0 < most <= 2 * largest
+    assert not any(ref() is not None for ref in alive), "a copy outlived the forwards"
+
+
+def test_the_same_guests_run_beside_a_host(model, lanes, weights):
+    """Units are gathered by somebody else, and `advance` is called each time."""
+    jobs = [Job(lambda m: m(X), point) for point in points()]
+    lanes.start(jobs)
+    order = ["blocks.0", "blocks.1", "blocks.2", "head"]
+    for unit in order:
+        assert all(job.result is None for job in jobs)
+        weights.gathered = unit
+        lanes.advance()
+    assert weights.gathers == []
+    assert all(job.result is not None for job in jobs)
+
+
+def test_an_error_in_a_guest_is_raised_in_the_host_and_the_next_run_works(lanes):
+    class BrokenError(Exception):
+        pass
+
+    def fail(m):
+        m.blocks[0](X)
+        raise BrokenError
+
+    for _ in range(3):
+        with pytest.raises(BrokenError):
+            lanes.start([Job(lambda m: m(X), point) for point in points()] + [Job(fail, points()[0])])
+            lanes.drive()
+        lanes.abandon()
+        jobs = [Job(lambda m: m(X), point) for point in points()]
+        lanes.start(jobs)
+        lanes.drive()
+        assert all(job.result is not None for job in jobs)
+    assert lanes._running == []
+
+
+def test_a_weight_read_outside_its_module_is_an_error_not_a_wrong_number(lanes):
+    with pytest.raises(RuntimeError, match=r"head\.weight is read outside"):
+        lanes.start([Job(lambda m: m.blocks[0](X) @ m.head.weight.T)])
+        lanes.drive()
+    lanes.abandon()
+
+
+def test_threads_are_kept_between_runs_and_ended_by_close(model):
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model))
+    seen = set()
+
+    def run(m):
+        seen.add(threading.current_thread())
+        return m(X)
+
+    for _ in range(4):
+        lanes.start([Job(run, point) for point in points()])
+        lanes.drive()
+    assert len(seen) == 2 and all(thread.is_alive() and thread.daemon for thread in seen)
+    lanes.close()
+    for thread in seen:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in seen)
+
+
+def test_guests_take_the_hosts_autocast_and_never_its_gradients(model, lanes):
+    kinds = []
+
+    def run(m):
+        out = m(X)
+        kinds.append((out.dtype, torch.is_grad_enabled()))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lanes.start([Job(run, point) for point in points()])
+        lanes.drive()
+    lanes.start([Job(run, point) for point in points()])
+    lanes.drive()
+    assert kinds == [(torch.bfloat16, False)] * 2 + [(torch.float32, False)] * 2

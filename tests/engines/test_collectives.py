@@ -1,0 +1,90 @@
+"""Traffic: zeroth-order forwards ride on the gathers of the first-order step."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.engines.setups import batch_for, build_model, running
+from tests.world import World
+
+GATHERS = ("_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_", "broadcast_")
+REDUCTIONS = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_", "allreduce_")
+
+
+class Collectives(TorchDispatchMode):
+    """Counts every c10d operation and its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function._schema.name.removeprefix("c10d::")
+            assert name in (*GATHERS, *REDUCTIONS, "barrier"), f"{name} is not known to this count"
+            self.number[name] += 1
+            self.bytes[name] += sum(t.numel() * t.element_size() for t in _tensors(args))
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def count_step(engine: str, model: str, **hyper) -> tuple[dict, dict, int]:
+    """Collectives of the third step (ZeRO-3 has its trace by then): numbers, bytes, units."""
+    with running(engine, build_model(model), **hyper) as run:
+        for step in range(2):
+            run.train_step(batch_for(model, 4, 12, step), batch_for(model, 4, 6, step))
+        with Collectives() as counted:
+            run.train_step(batch_for(model, 4, 12, 2), batch_for(model, 4, 6, 2))
+        units = len(run.engine.units)
+    return dict(counted.number), dict(counted.bytes), units
+
+
+def compare_mixed_with_first_order(engine: str, model: str) -> None:
+    plain, plain_bytes, units = count_step(engine, model, alpha=0.0)
+    gathers = {name: number for name, number in plain.items() if name in GATHERS}
+    assert sum(gathers.values()) > 0 or engine == "replicated"
+    if engine == "fsdp":  # once for the forward, once for the backward
+        assert gathers == {"_allgather_base_": 2 * units}
+        assert plain["_reduce_scatter_base_"] == units
+    for queries in (1, 2):
+        mixed, mixed_bytes, _ = count_step(engine, model, queries=queries)
+        assert mixed == plain, f"queries={queries}: {mixed}, a first-order step has {plain}"
+        # The scalars' vector is all that grows: a float64 for each sign, direction and sample of 4.
+        mixed_bytes["allreduce_"] -= 2 * queries * 4 * 8
+        assert mixed_bytes == plain_bytes
+        assert engine == "replicated" or mixed["allreduce_"] == 1
+
+
+@pytest.mark.parametrize("model", ["llama-untied", "opt"])
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", "zero3-evicting", "replicated"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_mixed_step_has_the_collectives_of_a_first_order_step(world: World, engine: str, model: str):
+    world.run(compare_mixed_with_first_order, engine=engine, model=model)
+
+
+def count_zeroth_order(engine: str, model: str) -> None:
+    plain = build_model(model)
+    # FSDP2 gathers a unit at a time and pads rows; ZeRO-3 a parameter at a time and pads elements.
+    rows = {name: p[0].numel() if engine == "fsdp" else 1 for name, p in plain.named_parameters()}
+    padded = sum((p.numel() + p.numel() // rows[name] % 2 * rows[name]) * 4 for name, p in plain.named_parameters())
+    for queries in (1, 2):
+        numbers, sizes, units = count_step(engine, model, alpha=1.0, queries=queries)
+        assert numbers == {"_allgather_base_": units if engine == "fsdp" else len(rows), "allreduce_": 1}, numbers
+        # The count holds what a rank sends, 1/2, beside the whole that it receives.
+        assert sizes["_allgather_base_"] == padded * 3 // 2
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", "zero3-evicting"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_zeroth_order_step_gathers_every_weight_once(world: World, engine: str):
+    world.run(count_zeroth_order, engine=engine, model="llama-untied")

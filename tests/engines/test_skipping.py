@@ -1,0 +1,155 @@
+"""Trouble on one rank is trouble on all: they skip, or raise, together, and go on afterwards."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from addax_ds.errors import UserError
+from tests.engines.agreement import check_steps
+from tests.engines.setups import batch_for, build_model, loss_for, running
+from tests.world import World
+
+MODEL = "llama-tied"
+ENGINES = ("replicated", "fsdp", "zero3", "zero3-evicting")
+
+
+def scaled_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss times a factor that comes with each sample."""
+    batch = dict(batch)
+    factor = batch.pop("factor")
+    return loss_for(MODEL)(model, batch) * factor
+
+
+def poisoned(samples: int, tokens: int, factor: float | None, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch whose last sample, of one rank only, has loss times `factor`."""
+    batch = batch_for(MODEL, samples, tokens, seed)
+    batch["factor"] = torch.ones(samples)
+    if factor is not None:
+        batch["factor"][-1] = factor
+    return batch
+
+
+def skip_and_go_on(engine: str, where: str, factor: float) -> None:
+    model, reference = build_model(MODEL), build_model(MODEL)
+    alpha = 1.0 if where == "only guests" else 0.3
+    with running(engine, model, alpha=alpha) as run:
+        before = run.digest()
+        zo = poisoned(4, 12, None if where == "host" else factor)
+        fo = poisoned(4, 6, factor if where == "host" else None)
+        metrics = run.train_step(zo, fo, scaled_loss)
+        assert metrics["skipped"] is True
+        assert run.digest() == before
+        good = [(poisoned(4, 12, None, i), poisoned(4, 6, None, i)) for i in (1, 2)]
+        check_steps(run, reference, good, scaled_loss)
+
+
+@pytest.mark.parametrize(
+    ("where", "factor"), [("guest", float("inf")), ("host", float("nan")), ("only guests", float("nan"))]
+)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_loss_that_is_not_finite_on_one_rank_writes_nothing_anywhere(
+    world: World, engine: str, where: str, factor: float
+):
+    world.run(skip_and_go_on, engine=engine, where=where, factor=factor)
+
+
+def skip_among_micro_batches(engine: str) -> None:
+    """The bad loss is in the first of two rounds: its gradient is in the buffer already."""
+    model, reference = build_model(MODEL), build_model(MODEL)
+    with running(engine, model, fo_micro_batch=1) as run:
+        before = run.digest()
+        fo = poisoned(4, 6, None)
+        fo["factor"][0] = float("inf")
+        assert run.train_step(poisoned(2, 12, None), fo, scaled_loss)["skipped"]
+        assert run.digest() == before
+        check_steps(run, reference, [(poisoned(2, 12, None, 1), poisoned(4, 6, None, 1))], scaled_loss)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_skipped_step_leaves_no_gradient_for_the_next(world: World, engine: str):
+    world.run(skip_among_micro_batches, engine=engine)
+
+
+def probe_with_mixed_infinities(engine: str) -> None:
+    """One rank's losses hold both infinities, which a plain exact sum refuses on that rank alone."""
+    with running(engine, build_model(MODEL), alpha=1.0) as run:
+        before = run.digest()
+        zo = poisoned(2, 12, None)
+        if dist.get_rank() == 1:
+            zo["factor"][:] = torch.tensor([float("inf"), -float("inf")])
+        assert run.optimizer.probe(lambda model: scaled_loss(model, zo))["skipped"]
+        (run.deepspeed or run.optimizer).step()
+        assert run.digest() == before
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_probe_that_is_not_finite_on_one_rank_skips_on_all(world: World, engine: str):
+    world.run(probe_with_mixed_infinities, engine=engine)
+
+
+def different_batches(engine: str, change: str, first: bool) -> None:
+    model, reference = build_model(MODEL), build_model(MODEL)
+    rank = dist.get_rank()
+    with running(engine, model) as run:
+        good = [(batch_for(MODEL, 4, 12, i), batch_for(MODEL, 4, 6, i)) for i in range(2)]
+        if not first:
+            check_steps(run, reference, good[:1], loss_for(MODEL))
+        before = run.digest()
+        zo, fo = batch_for(MODEL, 4, 12), batch_for(MODEL, 4, 6, 1)
+        if change == "tokens":
+            zo["input_ids"] = (zo["input_ids"] + rank) % 97
+        elif change == "samples":
+            fo = batch_for(MODEL, 3 + rank, 6, 1)
+        elif change == "micro-batches":
+            fo = batch_for(MODEL, 4 + 4 * rank, 6, 1)
+        with pytest.raises(UserError, match="different batches"):
+            run.train_step(zo, fo)
+        assert run.digest() == before
+        check_steps(run, reference, good[1:], loss_for(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("change", "first"), [("tokens", True), ("tokens", False), ("samples", True), ("micro-batches", True)]
+)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_ranks_with_different_batches_all_raise(world: World, engine: str, change: str, first: bool):
+    world.run(different_batches, engine=engine, change=change, first=first)
+
+
+class BrokenError(Exception):
+    """Raised by a loss function."""
+
+
+def failing_loss(where: str) -> Callable:
+    def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+        losses = loss_for(MODEL)(model, batch)
+        if torch.is_grad_enabled() == (where == "host"):
+            raise BrokenError
+        return losses
+
+    return loss
+
+
+def fail_and_go_on(engine: str) -> None:
+    model, reference = build_model(MODEL), build_model(MODEL)
+    zo, fo = batch_for(MODEL, 4, 12), batch_for(MODEL, 4, 6)
+    with running(engine, model) as run:
+        before = run.digest()
+        for where in ("guest", "host"):
+            with pytest.raises(BrokenError):
+                run.train_step(zo, fo, failing_loss(where))
+            assert run.digest() == before
+        check_steps(run, reference, [(zo, fo)], loss_for(MODEL))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_after_an_error_in_a_loss_function_the_next_step_works(world: World, engine: str):
+    world.run(fail_and_go_on, engine=engine)

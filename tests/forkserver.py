@@ -1,0 +1,42 @@
+"""Processes forked from a server that has imported torch, transformers and DeepSpeed once."""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+from functools import cache
+from multiprocessing.context import ForkServerContext
+
+ENVIRONMENT = {
+    # One thread a rank: ranks share few cores, and sums must not depend on the number of cores.
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "120",
+}
+_PRELOADED = [
+    "addax_ds.training.run",
+    "addax_ds.training.report",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.opt.modeling_opt",
+    "deepspeed",
+    "rich.console",
+    "pytest",
+]
+
+
+@cache
+def context() -> ForkServerContext:
+    """The multiprocessing context of all tests; the first call starts the server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    # The server, and so DeepSpeed at its import, sees what the environment is now.
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context

@@ -1,0 +1,113 @@
+"""The same run under every launcher, and what happens when one of its ranks dies."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.cli.commands import run
+from tests.launch.processes import ROOT, Launched
+
+ZERO3 = ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / 'zero3.json'}"]
+ZO = ["alpha=1", "lr=0.01", "queries=2"]
+SECONDS = 240
+"""For a launcher to come up, train and end on slow shared cores; DeepSpeed may build an extension first."""
+
+
+def launch(launcher, ranks, *settings, cwd):
+    with Launched(launcher, ranks, *settings, "output=out", cwd=cwd) as launched:
+        status = launched.wait(SECONDS)
+        assert status == 0, launched.log[-6000:]
+    return json.loads((cwd / "out" / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """Digest and scores of the zeroth-order run in one plain process."""
+    cwd = tmp_path_factory.mktemp("alone")
+    return launch("python", 1, tiny.run_file, *ZO, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "settings"), [("torchrun", ["engine=fsdp"]), ("deepspeed", ZERO3), ("mpirun", ZERO3)]
+)
+def test_a_zeroth_order_run_gives_the_same_bits_under_every_launcher(alone, tiny, tmp_path, launcher, settings):
+    summary = launch(launcher, 2, tiny.run_file, *ZO, *settings, cwd=tmp_path)
+    assert summary["world_size"] == 2, "the ranks did not find each other"
+    assert len(summary["peak_memory_bytes"]) == 2
+    assert summary["final_digest"] == alone["final_digest"]
+    assert summary["accuracy_after"] == alone["accuracy_after"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+ENGINES = {
+    "replicated": [],
+    "fsdp": ["engine=fsdp"],
+    **{path.stem: ["engine=deepspeed", f"ds_config={path}"] for path in sorted((ROOT / "ds_configs").glob("*.json"))},
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [
+        (engine, ranks)
+        for engine in ENGINES
+        for ranks in (1, 2, 3)
+        if ranks == 2 or engine in ("replicated", "fsdp", "zero3")
+    ],
+)
+def test_a_zeroth_order_run_gives_the_same_bits_on_every_engine_and_world_size(alone, tiny, tmp_path, engine, ranks):
+    settings = ["output=out", "save=false", *ZO, *ENGINES[engine]]
+    run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=ranks).check()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    expected = {"zero2": "zero2", "zero3": "zero3", "zero3_offload_param": "zero3"}.get(engine, engine)
+    assert (summary["engine"], summary["world_size"]) == (expected, ranks)
+    assert summary["final_digest"] == alone["final_digest"]
+    assert summary["accuracy_after"] == alone["accuracy_after"]
+
+
+def test_hsdp_gives_the_same_bits_too(alone, tiny, tmp_path):
+    settings = ["output=out", "save=false", *ZO, "engine=fsdp", "replicas=2"]
+    run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=4).check()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["final_digest"] == alone["final_digest"]
+
+
+MIXED = ["steps=10"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny, tmp_path_factory):
+    """Summary of the mixed run in one process."""
+    cwd = tmp_path_factory.mktemp("mixed")
+    run("train", tiny.run_file, "output=out", "save=false", *MIXED, cwd=cwd).check()
+    return json.loads((cwd / "out" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(("engine", "ranks", "other"), [("fsdp", 2, 3), ("zero3", 2, 1), ("zero3", 3, 2)])
+def test_a_mixed_run_agrees_across_engines_and_its_model_scores_the_same_on_other_ranks(
+    mixed, tiny, tmp_path, engine, ranks, other
+):
+    run("train", tiny.run_file, "output=out", *MIXED, *ENGINES[engine], cwd=tmp_path, ranks=ranks).check()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["accuracy_before"] == mixed["accuracy_before"]
+    # Sums of gradients differ in their last bits, and with them at most a sample on the border.
+    assert abs(summary["accuracy_after"] - mixed["accuracy_after"]) <= 1 / 60 + 1e-9
+    result = run("eval", "out", cwd=tmp_path, ranks=other).check()
+    assert json.loads(result.output.splitlines()[-1])["accuracy"] == summary["accuracy_after"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_rank_that_is_killed_takes_the_run_down_within_a_minute(tiny, tmp_path, launcher):
+    settings = ZERO3 if launcher == "deepspeed" else ["engine=fsdp"]
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    with Launched(launcher, 2, tiny.run_file, "steps=1000000", *settings, "output=out", cwd=tmp_path) as launched:
+        launched.until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, SECONDS)
+        ranks = launched.ranks()
+        assert len(ranks) == 2, launched.log
+        ranks[1].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        assert launched.wait(60) != 0, "a lost rank went unnoticed"
+        launched.until(lambda: not launched.alive(), 60 - (time.monotonic() - killed))
+        assert "rror" in launched.log or "signal" in launched.log.lower(), "no cause on the screen"
+    assert not (tmp_path / "out" / "summary.json").exists()

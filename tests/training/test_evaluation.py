@@ -1,0 +1,135 @@
+"""Scores are what a reader of the data would compute by hand, whatever path computes them."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+import addax_ds
+from addax_ds.config import load_run
+from addax_ds.data.batches import collate, collate_choices, collate_prompts
+from addax_ds.loss import choice_loss, choice_scores, token_loss
+from addax_ds.training import evaluation
+from addax_ds.training.models import accepted
+from addax_ds.training.run import prepare_inputs
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny.model)
+
+
+@pytest.fixture
+def score(model):
+    """score(prepared, config) on the tiny model."""
+    optimizer = addax_ds.Addax(model)
+    inputs = accepted(model)
+
+    def score(prepared, config, examples=None):
+        return evaluation.evaluate(
+            optimizer,
+            prepared.held_out if examples is None else examples,
+            prepared.tokenizer,
+            config,
+            inputs,
+            prepared.task.max_new_tokens,
+        )
+
+    yield score
+    optimizer.detach()
+
+
+def load(file, *settings):
+    config = load_run(str(file), list(settings))
+    return prepare_inputs(config), config
+
+
+def by_hand(model, example) -> bool:
+    """Whether the right label word is the likeliest, one forward a choice, no batch, no padding."""
+    means = []
+    for choice in example.choices:
+        tokens = torch.tensor([example.prompt + choice])
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits.float().log_softmax(-1)[0]
+        positions = range(len(example.prompt), tokens.shape[1])
+        means.append(sum(float(logits[p - 1, tokens[0, p]]) for p in positions) / len(choice))
+    return means.index(max(means)) == example.answer
+
+
+@pytest.mark.parametrize("words", [[], ['task.labels={"0": " a terrible mess", "1": " great"}']])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_accuracy_is_what_single_forwards_without_padding_give(tiny, model, score, words, padding):
+    prepared, config = load(tiny.run_file, f"padding={padding}", *words)
+    right = [by_hand(model, example) for example in prepared.held_out]
+    assert score(prepared, config) == {"accuracy": pytest.approx(sum(right) / len(right), abs=1e-12)}
+    assert 0 < sum(right) < len(right), "a constant score would show nothing"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_forward_for_all_label_words_scores_as_one_forward_for_each(tiny, model, side):
+    prepared, _ = load(tiny.run_file)
+    examples = prepared.held_out[:9]
+    assert all(len(choice) == 1 for choice in examples[0].choices)
+    together = collate_choices(examples, 0, side)
+    each = [dataclasses.replace(example, target=choice) for example in examples for choice in example.choices]
+    with torch.no_grad():
+        scores = choice_scores(model, together)
+        likelihoods = -token_loss(model, collate(each, 0, side)).view(len(examples), -1)
+        losses = choice_loss(model, together)
+    # One is logits, the other log probabilities: they differ by the same number for every word.
+    torch.testing.assert_close(scores.log_softmax(1), likelihoods.log_softmax(1), rtol=1e-4, atol=1e-5)
+    answers = torch.tensor([example.answer for example in examples])
+    expected = -likelihoods.log_softmax(1)[torch.arange(9), answers]
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_size_of_evaluation_batches_does_not_change_the_score(tiny, score, size):
+    prepared, config = load(tiny.run_file)
+    expected = score(prepared, config)
+    assert score(prepared, dataclasses.replace(config, eval_micro_batch=size)) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_generation_is_what_generate_gives_greedily(tiny, model, kind):
+    prepared, _ = load(tiny.completion_file)
+    if kind == "opt":
+        torch.manual_seed(1)
+        config = OPTConfig(
+            vocab_size=len(prepared.tokenizer),
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            init_std=0.1,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        model = OPTForCausalLM(config)
+    model.eval()
+    batch = collate_prompts(prepared.held_out[:9], prepared.tokenizer.pad_token_id)
+    inputs = {key: value for key, value in batch.items() if key in accepted(model)}
+    with torch.no_grad():
+        ours = evaluation._generate(model, inputs, 12)
+        prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        theirs = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    length = batch["input_ids"].shape[1]
+    assert len(set(ours.flatten().tolist())) > 3, "a constant answer would show nothing"
+    assert ours.tolist() == theirs[:, length:].tolist()
+
+
+def test_exact_match_and_f1_stop_at_the_end_token_and_take_any_accepted_answer(tiny):
+    prepared, _ = load(tiny.completion_file)
+    tokenizer = prepared.tokenizer
+    said = [" a warm day</s> dull", " warm</s> the film", " a cold day</s>", " nothing", "</s> a warm day"]
+    rows = [tokenizer(text)["input_ids"] for text in said]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    example = dataclasses.replace(prepared.held_out[0], references=("a warm day", "warm"))
+    scores = evaluation._completion_score(tokens, [example] * len(said), tokenizer)
+    # "a" is an article and counts for nothing: "cold day" shares one of two words with "warm day".
+    expected = [[1, 1], [1, 1], [0, 0.5], [0, 0], [0, 0]]
+    assert scores.tolist() == [pytest.approx(row) for row in expected]
