@@ -86,9 +86,9 @@ def test_normal_is_box_muller_of_its_words_to_four_ulps():
     words = definition._words(key_of(9, "w"), 0, definition.NORMAL, 0, 1 << 16, "cpu")
     z = noise(9, "w", 0, 1 << 16).view(-1, 4)
     for pair in (0, 2):
-        u = words[:, pair].double() * 2.0**-32 + 2.0**-33
+        u = (words[:, pair].float() * 2.0**-32 + 2.0**-33).double()  # the definition rounds the word to float32
         angle = words[:, pair + 1].double() * (2 * math.pi * 2.0**-32)
-        radius = torch.sqrt(-2 * torch.log(u.float().double()))
+        radius = torch.sqrt(-2 * torch.log(u))
         exact = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)
         # ulps of the radius: near a zero of the sine the angle's own rounding is what counts
         ulp = torch.finfo(torch.float32).eps * radius.clamp(min=1e-3)[:, None]

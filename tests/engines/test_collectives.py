@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.engines.setups import batch_for, build_model, running
+from tests.engines.setups import batch_for, build_model, loss_for, running
 from tests.world import World
 
 GATHERS = ("_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_", "broadcast_")
@@ -88,3 +88,27 @@ def count_zeroth_order(engine: str, model: str) -> None:
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_a_zeroth_order_step_gathers_every_weight_once(world: World, engine: str):
     world.run(count_zeroth_order, engine=engine, model="llama-untied")
+
+
+def count_after_a_skip(engine: str) -> None:
+    model, counts = "llama-untied", []
+
+    def unbounded(*args):
+        return loss_for(model)(*args) * float("inf")
+
+    for loss in (loss_for(model), unbounded):
+        with running(engine, build_model(model)) as run:
+            for step in range(2):
+                run.train_step(batch_for(model, 4, 12, step), batch_for(model, 4, 6, step))
+            skipped = run.train_step(batch_for(model, 4, 12), batch_for(model, 4, 6), loss)["skipped"]
+            assert skipped == (loss is unbounded)
+            with Collectives() as counted:
+                run.train_step(batch_for(model, 4, 12, 2), batch_for(model, 4, 6, 2))
+        counts.append((counted.number, counted.bytes))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_forward_without_its_backward_leaves_no_stray_gather(world: World, engine: str):
+    world.run(count_after_a_skip, engine=engine)

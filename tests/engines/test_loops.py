@@ -56,8 +56,13 @@ def own_loop(engine: str, alpha: float) -> None:
                 reference.get_parameter(name).data.copy_(weight)
 
 
-@pytest.mark.parametrize("alpha", [0.3, 0.0, 1.0])
-@ON_EVERY_ENGINE
+@pytest.mark.parametrize(
+    ("engine", "alpha"),
+    [
+        *((engine, 0.3) for engine in ENGINES),
+        *((engine, alpha) for engine in ("replicated", "zero2", "fsdp", "zero3-evicting") for alpha in (0.0, 1.0)),
+    ],
+)
 @ON_THREE_RANKS
 def test_probe_backward_step_is_the_reference_step(world: World, engine: str, alpha: float):
     world.run(own_loop, engine=engine, alpha=alpha)

@@ -57,7 +57,10 @@ def initialize_with(setting: str) -> str:
 @pytest.mark.parametrize("setting", DEEPSPEED_SETTINGS)
 @TWO_RANKS
 def test_deepspeed_settings_are_refused_by_name(world: World, setting: str):
-    for message in world.run(initialize_with, setting=setting):
+    messages = world.run(initialize_with, setting=setting)
+    if setting == "tensor_parallel":
+        world.kill()  # DeepSpeed keeps its groups for good, and the next engine would trip over them
+    for message in messages:
         assert setting in message or (setting.endswith("zenflow") and "offload_optimizer" in message)
         assert ": " in message and "\n" not in message  # says what to do, in one line
 
