@@ -6,6 +6,7 @@ its shard together with the zeroth-order part as soon as it leaves its reduction
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,9 +73,10 @@ class Addax(torch.optim.Optimizer):
             super().__init__(trainable, defaults)
             self.attach(choose_engine(params))
         else:
-            # Parameters without their model come from DeepSpeed, or go to it.
-            register_with_deepspeed(Addax)
             super().__init__(params, defaults)
+        # Parameters without their model come from DeepSpeed, or go to it.
+        if "deepspeed" in sys.modules or not isinstance(params, nn.Module):
+            register_with_deepspeed(Addax)
 
     # -- set-up ---------------------------------------------------------------------------------
 
