@@ -276,7 +276,8 @@ class Addax(torch.optim.Optimizer):
 
         loss_fn(model) -> float32 [n], per-sample losses of this rank's zeroth-order batch; every
         rank calls it. Then run the first-order forward, the backward of this rank's mean loss
-        (gradients are averaged over ranks) and `step()`. Weights are written in that backward.
+        (gradients are averaged over ranks) and `step()`. Weights are written in that backward, so a
+        first-order loss that is not finite is the caller's to notice; `train_step` skips such a step.
         Returns what `train_step` does, without a first-order loss.
         """
         engine, seed = self.engine, step_seed(self.config.seed, self.steps)
@@ -287,6 +288,8 @@ class Addax(torch.optim.Optimizer):
         jobs = [Job(lambda model: _per_sample(loss_fn(model)).double().cpu(), point) for point in points]
         self._lanes.start(jobs)
         self._lanes.drive()
+        if self.steps == 0:
+            engine.check_reached(self._lanes.entered)
         sums = [math.fsum(job.result.tolist()) if job.result.isfinite().all() else math.nan for job in jobs]
         *totals, count = engine.sum(torch.tensor([*sums, len(jobs[0].result)], dtype=torch.float64)).tolist()
         means = [total / count for total in totals]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -26,12 +27,16 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
     mesh: one dimension shards over all ranks; two are (replicate, shard), HSDP. Options such as
     `offload_policy` go to every `fully_shard` call. Embedding, every block, norm and head become
     units of their own, modules with tied weights one unit together. Raises `UserError` where the
-    model is already wrapped.
+    model is already wrapped, or the mesh or an option would give wrong numbers.
     """
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise UserError("the model is already wrapped by fully_shard: give addax_ds.shard the plain model")
     if "mp_policy" in fully_shard_options:
         raise UserError("mp_policy would not cast zeroth-order forwards: load the model in bfloat16 instead")
+    if mesh.size() != dist.get_world_size() or mesh.ndim > 2:
+        raise UserError("the mesh must hold every rank in one dimension, or two (replicate, shard)")
+    if "shard_placement_fn" in fully_shard_options or any(isinstance(p, DTensor) for p in model.parameters()):
+        raise UserError("only dimension 0 can be sharded, by fully_shard alone: leave out other placements")
     refuse_fsdp1(model)
     skeleton = strip(model)
     for paths in units_of(model):

@@ -12,6 +12,7 @@ from torch import nn
 
 from addax_ds.core.shard import Shard
 from addax_ds.engines.base import Engine, OnGradient
+from addax_ds.errors import UserError
 
 
 class Replicated(Engine):
@@ -25,6 +26,9 @@ class Replicated(Engine):
         for parameter in self._parameters.values():
             # A shard is a flat view, which only contiguous memory has.
             parameter.data = parameter.data.contiguous()
+            if self.world_size > 1:
+                # Ranks that start apart would average gradients of different models for ever.
+                dist.broadcast(parameter.data, 0)
         self._handles: list = []
 
     @property
@@ -61,6 +65,15 @@ class Replicated(Engine):
             on_gradient(name, gradient.view(-1))
 
         return hook
+
+    def before_step(self) -> None:
+        for path, owned in self.owners.items():
+            for local, name in owned.items():
+                if self._modules[path]._parameters[local] is not self._parameters[name]:
+                    raise UserError(
+                        f"{name} was replaced after the optimizer was built (load_state_dict(assign=True) does that) "
+                        "and would no longer be trained: build Addax again"
+                    )
 
     def detach(self) -> None:
         for handle in self._handles:

@@ -22,6 +22,9 @@ from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.world import World
 
+# Types that AutoModelForCausalLM loads though they attend both ways.
+ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "megatron-bert", "roformer")
+
 
 def locate_model(model: str) -> str:
     """The folder or hub id behind `model`; embedded models are fetched on first use."""
@@ -59,6 +62,8 @@ def load_model(location: str, config: RunConfig) -> nn.Module:
     if loaded["missing_keys"]:
         # They would be random numbers, with a warning that scrolls by.
         raise UserError(f"model {location} lacks weights ({min(loaded['missing_keys'])}): give a complete causal model")
+    if model.config.model_type in ENCODERS and not getattr(model.config, "is_decoder", False):
+        raise UserError(f"model {location} is an encoder, which sees the answer it is to predict: give a decoder")
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} cannot checkpoint activations: set activation_checkpointing=false")

@@ -25,13 +25,13 @@ class WireCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: tuple) -> None:
-        share = 1 - 1 / max(dist.get_world_size(), 1)
         if "allgather" in name:
-            self.received["all_gather"] += int(_bytes(args[0]) * share)
+            self.received["all_gather"] += _bytes(args[0]) - _bytes(args[1])
         elif "reduce_scatter" in name:
-            self.received["reduce_scatter"] += int(_bytes(args[1]) * share)
+            self.received["reduce_scatter"] += _bytes(args[1]) - _bytes(args[0])
         elif "allreduce" in name:
-            self.received["all_reduce"] += int(2 * _bytes(args[0]) * share)
+            ranks = dist.ProcessGroup.unbox(args[1]).size()
+            self.received["all_reduce"] += 2 * _bytes(args[0]) * (ranks - 1) // ranks
         elif "broadcast" in name:
             self.received["broadcast"] += _bytes(args[0])
 

@@ -41,14 +41,14 @@ def discover() -> None:
     """
     if "RANK" in os.environ:
         return
+    if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
+        _discover_mpi()
+        return
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
         # Each task would take itself for a world of one and write the same folder.
         raise UserError(
             "srun alone does not tell ranks their address: have it start torchrun on each node, or use mpirun"
         )
-    if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
-        _discover_mpi()
-        return
     _set(rank=0, size=1, local_rank=0, address="127.0.0.1", port=_free_port())
 
 
