@@ -17,7 +17,7 @@ from torch import nn
 from addax_ds.config import AddaxConfig, build
 from addax_ds.core import kernels
 from addax_ds.core.checkpointing import refuse_reentrant
-from addax_ds.core.dropout import set_dropout
+from addax_ds.core.dropout import dropout
 from addax_ds.core.lanes import Job, Lanes, Perturbation
 from addax_ds.core.noise import step_seed
 from addax_ds.core.plain import Step
@@ -141,30 +141,32 @@ class Addax(torch.optim.Optimizer):
         fo = cut(fo_batch, config.fo_micro_batch, "fo_batch") if config.alpha < 1 else []
         seed = step_seed(config.seed, self.steps)
         scalars = Scalars(config.queries, list(map(batch_size, zo)), list(map(batch_size, fo)), engine.world_size)
-        scalars.put_fingerprint(engine.rank, fingerprint(zo + fo))
+        mine = fingerprint(zo + fo)
+        scalars.put_fingerprint(engine.rank, mine)
         self._check_idle()
         refuse_reentrant(engine.model)
         engine.before_step()
         if self.steps == 0:
-            self._check_batches_agree(fingerprint(zo + fo))
+            self._check_batches_agree(mine)
         backward_ran = not fo
         try:
-            guests = self._start_guests(zo, seed, loss_fn, idle_joins=not fo)
-            loss = self._first_order_forwards(fo, seed, loss_fn, scalars)
-            self._lanes.drive()
-            for (query, sign, index), job in guests:
-                if index is not None:
-                    scalars.put_zo(query, sign, index, job.result)
-            if self.steps == 0:
-                engine.check_reached(self._lanes.entered | self._host_entered)
-            scalars.vector = engine.sum(scalars.vector)
-            scalars.check_fingerprints()
-            metrics, self._pending = self._decide(*scalars.zo_means(), scalars.fo_mean(), seed, 1.0 - config.alpha)
-            self.steps += 1
-            if loss is not None and not metrics["skipped"]:
-                loss.backward()
-                backward_ran = True
-            self._write_rest()
+            with dropout(engine.model, config.dropout):
+                guests = self._start_guests(zo, seed, loss_fn, idle_joins=not fo)
+                loss = self._first_order_forwards(fo, seed, loss_fn, scalars)
+                self._lanes.drive()
+                for (query, sign, index), job in guests:
+                    if index is not None:
+                        scalars.put_zo(query, sign, index, job.result)
+                if self.steps == 0:
+                    engine.check_reached(self._lanes.entered | self._host_entered)
+                scalars.vector = engine.sum(scalars.vector)
+                scalars.check_fingerprints()
+                metrics, self._pending = self._decide(*scalars.zo_means(), scalars.fo_mean(), seed, 1.0 - config.alpha)
+                self.steps += 1
+                if loss is not None and not metrics["skipped"]:
+                    loss.backward()
+                    backward_ran = True
+                self._write_rest()
             return metrics
         finally:
             self._lanes.abandon()
@@ -231,7 +233,6 @@ class Addax(torch.optim.Optimizer):
 
     def _host_forward(self, batch: Batch, loss_fn: LossFunction) -> torch.Tensor:
         """Per-sample losses of the model itself: [batch]."""
-        set_dropout(self.engine.model, self.config.dropout)
         self._host_is_forwarding = True
         watches = self._watch_host() if self.steps == 0 else []
         try:

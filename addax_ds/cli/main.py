@@ -7,6 +7,7 @@ are imported by the command that needs them.
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,8 @@ import typer
 
 from addax_ds.config import RunConfig, load_run
 from addax_ds.errors import UserError
+
+SECONDS_TO_BE_ENDED = 5  # launchers look after their processes once a second
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -101,7 +104,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        # Every rank meets the same fault; one voice a node is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"addax-ds: {' '.join(str(error).split())}", file=sys.stderr)
+        # One voice a node is enough: where all ranks meet the fault, the launcher ends the others
+        # as soon as the first has left, and where only another rank does, it speaks after the wait.
+        if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) != "0":
+            time.sleep(SECONDS_TO_BE_ENDED)
+        print(f"addax-ds: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -1,20 +1,35 @@
 """Dropout in the host's forward, on or off."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
 
-def set_dropout(model: nn.Module, enabled: bool) -> None:
-    """Training mode with dropout, or a forward without any.
+@contextlib.contextmanager
+def dropout(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Training mode with dropout, or forwards and backwards without any; afterwards as it was.
 
     Hugging Face models checkpoint activations in training mode only, so layers that checkpoint stay
-    in it; what they drop themselves is switched off by its probability.
+    in it; what they drop themselves is switched off by its probability. The context must hold the
+    backward too, which recomputes those layers.
     """
-    model.train(enabled)
-    if enabled:
-        return
+    found: list[tuple[nn.Module, str, Any]] = []
+
+    def put(module: nn.Module, attribute: str, value: Any) -> None:
+        found.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
-            for attribute, value in vars(module).items():
+        checkpoints = getattr(module, "gradient_checkpointing", False)
+        put(module, "training", enabled or checkpoints)
+        if checkpoints and not enabled:
+            for attribute, value in list(vars(module).items()):
                 if "drop" in attribute and isinstance(value, float):
-                    setattr(module, attribute, 0.0)
+                    put(module, attribute, 0.0)
+    try:
+        yield
+    finally:
+        for module, attribute, value in found:
+            setattr(module, attribute, value)

@@ -179,6 +179,13 @@ class Lanes:
         self._idle: list[_Guest] = []
         self._running: list[_Guest] = []
         self._jobs: list[Job] = []
+        owners = [path for path, _, _ in owned_weights(skeleton)]
+        # Modules whose forward gathers other modules, during which their own weights may be freed.
+        self._enclosing = {
+            path
+            for path in owners
+            if any(other != path and other.startswith(f"{path}." if path else "") for other in owners)
+        }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
         # The copies of the module and direction at hand: {parameter name: (plus, minus)}.
         self._scratch_of: tuple | None = None
@@ -251,18 +258,18 @@ class Lanes:
     def _fetch(self, perturbation: Perturbation, path: str, owned: dict[str, str]) -> dict[str, torch.Tensor]:
         """Weights of one module at the guest's point: the gathered ones, or copies moved by scale * z."""
         self.entered.add(path)
-        if perturbation.sign == 0:
-            return {local: self._weights.weight(path, local).detach() for local in owned}
         key = (path, perturbation.query)
-        if key != self._scratch_of:
+        if perturbation.sign and key != self._scratch_of:
             self._scratch_of, self._scratch = key, {}
         fetched = {}
         for local, name in owned.items():
             weight = self._weights.weight(path, local).detach()
-            if self._weights.trainable(name):
+            if perturbation.sign and self._weights.trainable(name):
                 if name not in self._scratch:
                     p = perturbation
                     self._scratch[name] = perturb(weight, p.scale, p.seed, name, p.query, p.distribution)
                 weight = self._scratch[name][0 if perturbation.sign > 0 else 1]
+            elif path in self._enclosing:
+                weight = weight.clone()
             fetched[local] = weight
         return fetched

@@ -35,9 +35,16 @@ class Example:
 
 
 def encode(
-    records: Sequence[dict[str, Any]], task: TaskConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+    records: Sequence[dict[str, Any]],
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    generated: int = 0,
 ) -> list[Example]:
-    """The records as examples, in order. `max_length` is the model's context in tokens.
+    """The records as examples, in order.
+
+    max_length: the model's context in tokens; generated: tokens that are to be generated after each
+    prompt, which the context must hold too.
 
     A completion is set off from the prompt by a space unless one of them brings white space; with
     several accepted answers the first is the target. Raises `UserError` for a template or label
@@ -51,7 +58,7 @@ def encode(
     else:
         examples = _completed(records, prompts, prompt_ids, task, tokenizer)
 
-    sizes = [len(e.prompt) + max(map(len, (e.target, *e.choices))) for e in examples]
+    sizes = [len(e.prompt) + max(generated, *map(len, (e.target, *e.choices))) for e in examples]
     too_long = [index for index, size in enumerate(sizes) if size > max_length]
     if too_long:
         first = too_long[0]

@@ -30,14 +30,15 @@ def units_of(model: nn.Module) -> list[list[str]]:
             collect(inside + name, child)
 
     collect("", model)
-    units: list[list[str]] = [[block] for block in dict.fromkeys(blocks)]
-    holder: dict[int, list[str]] = {id(p): unit for unit in units for p in model.get_submodule(unit[0]).parameters()}
-    for path in outside:
-        parameters = list(model.get_submodule(path).parameters())
-        shared = next((holder[id(p)] for p in parameters if id(p) in holder), None)
-        unit = shared if shared is not None else []
-        if shared is None:
-            units.append(unit)
-        unit.append(path)
-        holder.update({id(p): unit for p in parameters})
+    units: list[list[str]] = []
+    unit_of: dict[int, list[str]] = {}  # by identity of the parameter
+    for path in [*dict.fromkeys(blocks), *outside]:
+        unit = [path]
+        for parameter in model.get_submodule(path).parameters():
+            sharing = unit_of.setdefault(id(parameter), unit)
+            if sharing is not unit:
+                units.remove(sharing)
+                unit[:0] = sharing
+                unit_of.update({known: unit for known, holder in unit_of.items() if holder is sharing})
+        units.append(unit)
     return units

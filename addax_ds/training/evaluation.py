@@ -17,7 +17,7 @@ from addax_ds.config import RunConfig
 from addax_ds.data.batches import Batch, collate_choices, collate_prompts
 from addax_ds.data.tasks import Example
 from addax_ds.loss import choice_scores
-from addax_ds.optimizer import Addax
+from addax_ds.training.models import Optimizer
 
 # Evaluation forwards that share one gather: more save traffic, each keeps a hidden state.
 _LANES = 4
@@ -29,7 +29,7 @@ def metric_name(examples: Sequence[Example]) -> str:
 
 
 def evaluate(
-    optimizer: Addax,
+    optimizer: Optimizer,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,

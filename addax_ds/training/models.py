@@ -5,7 +5,7 @@ import inspect
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,12 @@ from addax_ds.engines.fsdp import shard
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.world import World
+
+if TYPE_CHECKING:
+    from addax_ds.engines.deepspeed_plugin import DeepSpeedAddax
+
+Optimizer: TypeAlias = "Addax | DeepSpeedAddax"
+"""What a run steps and evaluates with."""
 
 # Types that AutoModelForCausalLM loads though they attend both ways.
 ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "megatron-bert", "roformer")
@@ -101,6 +107,8 @@ def read_ds_config(config: RunConfig) -> dict[str, Any]:
     kind = ds_config.get("optimizer", {}).get("type", "Addax")
     if kind != "Addax":
         raise UserError(f'ds_config {path}: optimizer type is {kind}: set it to "Addax" or remove it')
+    if "scheduler" in ds_config:
+        raise UserError(f"ds_config {path}: a run has its own schedule: remove scheduler, set schedule")
     wants_bf16 = bool(ds_config.get("bf16", {}).get("enabled", config.dtype == "bfloat16"))
     if wants_bf16 != (config.dtype == "bfloat16"):
         raise UserError(f"ds_config {path}: bf16.enabled is {wants_bf16} but dtype is {config.dtype}: make them agree")
@@ -116,7 +124,7 @@ def hyperparameters(config: RunConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(AddaxConfig)}
 
 
-def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Addax:
+def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimizer:
     """Put the model on the run's engine and return its optimizer."""
     if config.engine == "deepspeed":
         # Imported here: DeepSpeed is an extra, and its import takes seconds.
@@ -133,7 +141,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Addax:
         except Exception as error:
             raise UserError(f"ds_config {config.ds_config}: DeepSpeed does not take it: {error}") from None
         _, optimizer, _, _ = deepspeed.initialize(model=model, config=ds_config)
-        return optimizer.optimizer
+        return optimizer
     if config.engine == "fsdp":
         if world.size % config.replicas:
             raise UserError(f"replicas={config.replicas} does not divide the {world.size} ranks: choose a divisor")

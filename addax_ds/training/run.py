@@ -27,7 +27,6 @@ from addax_ds.data.tasks import Example, encode
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss, token_loss
-from addax_ds.optimizer import Addax
 from addax_ds.training.evaluation import evaluate, metric_name, placed
 from addax_ds.training.export import export
 from addax_ds.training.metrics import METRICS, MetricsWriter, write_json
@@ -73,10 +72,13 @@ def prepare_inputs(config: RunConfig) -> Prepared:
     location = locate_model(config.model)
     tokenizer = load_tokenizer(location)
     longest = context_length(location)
-    if task.completion is not None:
-        longest -= task.max_new_tokens
+    generated = task.max_new_tokens if task.completion is not None else 0
     return Prepared(
-        location, tokenizer, task, encode(train, task, tokenizer, longest), encode(held_out, task, tokenizer, longest)
+        location,
+        tokenizer,
+        task,
+        encode(train, task, tokenizer, longest),
+        encode(held_out, task, tokenizer, longest, generated),
     )
 
 
@@ -279,7 +281,7 @@ def score_only(config: RunConfig) -> dict[str, Any] | None:
     with joined() as world:
         model = load_model(prepared.location, config)
         inputs = accepted(model)
-        optimizer: Addax = build_optimizer(model, config, world)
+        optimizer = build_optimizer(model, config, world)
         scores = evaluate(
             optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens
         )

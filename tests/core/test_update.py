@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 
 from addax_ds.core import kernels
@@ -47,16 +48,24 @@ def test_stochastic_rounding_is_unbiased_and_between_neighbours():
     assert error < 5 * 2**-8 * math.sqrt(down * (1 - down) / len(weight))
 
 
-def test_nearest_rounding_loses_small_updates():
-    rounded = torch.ones(1000, dtype=torch.bfloat16)
-    step = replace(STEP, lr=1.0, weight_decay=0.0, coefficients=(), gradient_weight=1.0, stochastic=False)
-    for _ in range(100):
-        kernels.update(rounded, 0, torch.full((1000,), 1e-4), "w", step)
-    assert rounded.eq(1).all()
-    for seed in range(100):
-        kernels.update(rounded, 0, torch.full((1000,), 1e-4), "w", replace(step, stochastic=True, seed=seed))
-    # 100 steps of 1e-4 move the mean by 0.01; an element's standard deviation is below sqrt(0.01 * 2**-8).
-    assert abs(rounded.double().mean().item() - 0.99) < 5 * math.sqrt(0.01 * 2**-8 / 1000)
+@pytest.mark.parametrize(
+    ("size", "kept", "last_digit"), [(1e-4, 0.94, 0.01), (1e-5, 0.16, 0.01), (1e-6, 0.02, 0.01), (1e-7, 0.001, 0.001)]
+)
+def test_nearest_rounding_loses_small_updates_and_stochastic_rounding_does_not(size, kept, last_digit):
+    """The table of README: of 100 steps of one size on normal weights of 0.02, how much is kept."""
+    weight = (0.02 * torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))).bfloat16()
+    step = replace(STEP, lr=1.0, weight_decay=0.0, coefficients=(), gradient_weight=1.0)
+    gradient = torch.full(weight.shape, -size)
+    moved = {}
+    for stochastic in (False, True):
+        rounded = weight.clone()
+        for seed in range(100):
+            kernels.update(rounded, 0, gradient, "w", replace(step, stochastic=stochastic, seed=seed))
+        moved[stochastic] = (rounded.double() - weight.double()).mean().item() / (100 * size)
+    assert abs(moved[False] - kept) <= last_digit / 2
+    # A step moves a weight by one unit in its last place (2**-12 at most here) or not at all.
+    deviation = math.sqrt(100 * size * 2**-12 / len(weight))
+    assert abs(moved[True] - 1) <= 5 * deviation / (100 * size)
 
 
 def test_perturbation_rounds_once_from_float32():

@@ -151,6 +151,16 @@ def test_too_long_names_the_record_its_length_and_the_limit(byte_level):
         encode([short, FILM], SENTIMENT, byte_level, length - 1)
 
 
+def test_a_prompt_leaves_room_for_what_is_generated_or_for_its_answer_but_not_for_both(byte_level):
+    record = {"question": "q", "answer": "a day"}
+    example = one(record, ANSWER, byte_level)
+    prompt, answer = len(example.prompt), len(example.target)
+    assert encode([record], ANSWER, byte_level, prompt + answer, generated=answer)
+    assert encode([record], ANSWER, byte_level, prompt + answer + 1, generated=answer + 1)
+    with pytest.raises(UserError, match=f"{prompt + answer + 1} tokens, the model takes {prompt + answer}"):
+        encode([record], ANSWER, byte_level, prompt + answer, generated=answer + 1)
+
+
 def test_the_longest_choice_must_fit_as_evaluation_scores_them_all(byte_level):
     task = TaskConfig(prompt="{text}", label="label", labels={"0": " a great film and a mess", "1": " great"})
     length = one(FILM, task, byte_level).length

@@ -97,9 +97,9 @@ def test_a_mixed_run_agrees_across_engines_and_its_model_scores_the_same_on_othe
     assert json.loads(result.output.splitlines()[-1])["accuracy"] == summary["accuracy_after"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun"])
 def test_a_rank_that_is_killed_takes_the_run_down_within_a_minute(tiny, tmp_path, launcher):
-    settings = ZERO3 if launcher == "deepspeed" else ["engine=fsdp"]
+    settings = ["engine=fsdp"] if launcher == "torchrun" else ZERO3
     metrics = tmp_path / "out" / "metrics.jsonl"
     with Launched(launcher, 2, tiny.run_file, "steps=1000000", *settings, "output=out", cwd=tmp_path) as launched:
         launched.until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, SECONDS)
@@ -111,3 +111,10 @@ def test_a_rank_that_is_killed_takes_the_run_down_within_a_minute(tiny, tmp_path
         launched.until(lambda: not launched.alive(), 60 - (time.monotonic() - killed))
         assert "rror" in launched.log or "signal" in launched.log.lower(), "no cause on the screen"
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun"])
+def test_a_fault_that_every_rank_meets_is_told_once(tiny, tmp_path, launcher):
+    with Launched(launcher, 2, tiny.run_file, "data=nowhere.jsonl", cwd=tmp_path) as launched:
+        assert launched.wait(SECONDS) != 0
+        assert launched.log.count("addax-ds: nowhere.jsonl: No such file") == 1, launched.log
