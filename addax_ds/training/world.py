@@ -62,6 +62,8 @@ def _discover_mpi() -> None:
     address = "127.0.0.1" if node.Get_size() == everyone.Get_size() else socket.gethostname()
     address, port = everyone.bcast((address, _free_port()), root=0)
     _set(everyone.Get_rank(), everyone.Get_size(), node.Get_rank(), address, port)
+    # Else it is done at exit, where a rank that fails would wait for the others for ever.
+    MPI.Finalize()
 
 
 def _set(rank: int, size: int, local_rank: int, address: str, port: int) -> None:
