@@ -18,9 +18,9 @@ from addax_ds.config import AddaxConfig, build
 from addax_ds.core import kernels
 from addax_ds.core.checkpointing import refuse_reentrant
 from addax_ds.core.dropout import dropout
-from addax_ds.core.lanes import Job, Lanes, Perturbation
+from addax_ds.core.lanes import Job, Lanes
 from addax_ds.core.noise import step_seed
-from addax_ds.core.plain import Step
+from addax_ds.core.plain import Perturbation, Step
 from addax_ds.core.scalars import Scalars, projected_gradients
 from addax_ds.engines.base import Engine
 from addax_ds.engines.choose import choose_engine, register_with_deepspeed

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from addax_ds.core import noise as definition
-from addax_ds.core.noise import NORMAL, PURPOSE, ROUNDING, Distribution, key_of
-from addax_ds.core.plain import Step
+from addax_ds.core.noise import NORMAL, PURPOSE, ROUNDING, key_of
+from addax_ds.core.plain import Perturbation, Step
 
 CHUNK = 2048  # elements; a multiple of every block size
 _PARALLEL_FROM = 1 << 16  # elements below which a thread costs more than it brings
@@ -170,27 +170,42 @@ def _draw(out, start, begin, end, query, purpose, key0, key1):
 
 
 @_compile
-def _perturb(weight, plus, minus, begin, end, scale, query, purpose, key0, key1, wide):
+def _perturb(weight, plus, minus, read, write, element, count, scale, query, purpose, key0, key1, wide):
+    """plus, minus[write:write + count] from weight[read:read + count], elements from `element` on.
+
+    An empty plus or minus is not wanted.
+    """
     z = np.empty(CHUNK, np.float32)
     u = np.empty(CHUNK // 4, np.float32)
     words = np.empty((4, CHUNK // 4), np.uint32)
     value = np.empty(CHUNK, np.float32)
     result = np.empty(CHUNK, np.float32)
     unused = np.empty(0, np.uint16)
-    element = begin
-    while element < end:
-        first = element - element % CHUNK
-        count = min(first + CHUNK, end) - element
-        skip = element - first
+    done = 0
+    while done < count:
+        first = (element + done) - (element + done) % CHUNK
+        skip = element + done - first
+        part = min(CHUNK - skip, count - done)
         _noise_chunk(z, words, u, first, query, purpose, key0, key1)
-        _load(value, weight, element, count, wide)
-        for i in range(count):
-            result[i] = value[i] + z[skip + i] * scale
-        _store(plus, element, result, count, wide, unused, False)
-        for i in range(count):
-            result[i] = value[i] - z[skip + i] * scale
-        _store(minus, element, result, count, wide, unused, False)
-        element += count
+        _load(value, weight, read + done, part, wide)
+        if plus.size > 0:
+            for i in range(part):
+                result[i] = value[i] + z[skip + i] * scale
+            _store(plus, write + done, result, part, wide, unused, False)
+        if minus.size > 0:
+            for i in range(part):
+                result[i] = value[i] - z[skip + i] * scale
+            _store(minus, write + done, result, part, wide, unused, False)
+        done += part
+
+
+@_compile
+def _perturb_rows(weight, out, rows, width, begin, end, scale, query, purpose, key0, key1, wide):
+    """out[i] = row rows[i] of the weight, moved, for i in [begin, end)."""
+    none = out[:0]
+    for i in range(begin, end):
+        element = rows[i] * width
+        _perturb(weight, out, none, element, i * width, element, width, scale, query, purpose, key0, key1, wide)
 
 
 @_compile
@@ -294,16 +309,38 @@ def draw(seed, name, start, stop, query, distribution, device) -> torch.Tensor:
 
 
 def perturb(
-    weight: torch.Tensor, scale: float, seed: int, name: str, query: int, distribution: Distribution
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weight: torch.Tensor,
+    start: int,
+    plus: torch.Tensor | None,
+    minus: torch.Tensor | None,
+    name: str,
+    point: Perturbation,
+) -> None:
     """See `plain.perturb`."""
+    weight = weight.detach().contiguous()  # kept by name: the arrays are only views of memory
+    memory = _stored(weight)
+    first, second = (memory[:0] if side is None else _stored(side) for side in (plus, minus))
+    common = (np.float32(point.scale), *_stream(name, point), weight.dtype == torch.float32)
+    _split(
+        weight.numel(),
+        lambda begin, end: _perturb(memory, first, second, begin, begin, start + begin, end - begin, *common),
+    )
+
+
+def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
+    """See `plain.perturb_rows`."""
     weight = weight.detach().contiguous()
-    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
-    memory = (_stored(weight), _stored(plus), _stored(minus))
-    key, purpose, wide = _key(seed, name), PURPOSE[distribution], weight.dtype == torch.float32
-    c = np.float32(scale)
-    _split(weight.numel(), lambda begin, end: _perturb(*memory, begin, end, c, query, purpose, *key, wide))
-    return plus, minus
+    width = weight.numel() // weight.shape[0]
+    out = weight.new_empty(len(rows), *weight.shape[1:])
+    memory, index = (_stored(weight), _stored(out)), rows.numpy()
+    common = (np.float32(point.sign * point.scale), *_stream(name, point), weight.dtype == torch.float32)
+    _split(len(rows), lambda begin, end: _perturb_rows(*memory, index, width, begin, end, *common))
+    return out
+
+
+def _stream(name: str, point: Perturbation) -> tuple:
+    """What names a parameter's noise in a direction, as kernels take it."""
+    return (point.query, PURPOSE[point.distribution], *_key(point.seed, name))
 
 
 def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from addax_ds.core.noise import Distribution
-from addax_ds.core.plain import Step
+from addax_ds.core.plain import Perturbation, Step
 
 # Device type to the module with its kernels; every other device runs the plain torch operations.
 BACKENDS = {"cpu": "addax_ds.core.cpu"}
@@ -38,10 +38,20 @@ def noise(
 
 
 def perturb(
-    weight: torch.Tensor, scale: float, seed: int, name: str, query: int, distribution: Distribution
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W + scale z, W - scale z) of a whole parameter; W is only read. See `plain.perturb`."""
-    return _backend(weight.device.type).perturb(weight, scale, seed, name, query, distribution)
+    weight: torch.Tensor,
+    start: int,
+    plus: torch.Tensor | None,
+    minus: torch.Tensor | None,
+    name: str,
+    point: Perturbation,
+) -> None:
+    """plus <- W + scale z and minus <- W - scale z of a range; W is only read. See `plain.perturb`."""
+    _backend(weight.device.type).perturb(weight, start, plus, minus, name, point)
+
+
+def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
+    """Some rows of W + sign * scale * z. See `plain.perturb_rows`."""
+    return _backend(weight.device.type).perturb_rows(weight, rows, name, point)
 
 
 def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:

@@ -19,9 +19,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from addax_ds.core.kernels import perturb
-from addax_ds.core.noise import Distribution
+from addax_ds.core.moved import Moved, is_made_where_read
+from addax_ds.core.plain import Perturbation
+from addax_ds.core.scratch import Scratch
 from addax_ds.core.skeleton import duplicate, link_buffers, owned_weights
 
 
@@ -45,17 +48,6 @@ class Weights(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """One point theta + scale * sign * z of a step: scale 0 is theta itself."""
-
-    seed: int = 0
-    query: int = 0
-    sign: int = 0
-    scale: float = 0.0
-    distribution: Distribution = "normal"
-
-
 @dataclass
 class Job:
     """A forward to run as a guest, and what came of it."""
@@ -74,9 +66,9 @@ class _Stopped(BaseException):
 class _Guest:
     """A worker thread with a skeleton of its own; idle between steps."""
 
-    def __init__(self, skeleton: nn.Module, fetch: Callable) -> None:
+    def __init__(self, skeleton: nn.Module, fetch: Callable, left: Callable) -> None:
         self.skeleton = skeleton
-        self.fetch = fetch
+        self.fetch, self.left = fetch, left
         self.job: Job | None = None
         self.perturbation = Perturbation()
         self.parked = False
@@ -100,13 +92,14 @@ class _Guest:
             self.parked = False
             if self._stopping:
                 raise _Stopped
-            module._parameters.update(self.fetch(self.perturbation, path, owned))
+            module._parameters.update(self.fetch(self.perturbation, path, module, owned))
 
         return hook
 
     def _leave(self, absent: dict[str, Any]) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             module._parameters.update(absent)
+            self.left(output)
 
         return hook
 
@@ -188,8 +181,9 @@ class Lanes:
         }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
         # The copies of the module and direction at hand: {parameter name: (plus, minus)}.
-        self._scratch_of: tuple | None = None
-        self._scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies_of: tuple | None = None
+        self._copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._scratch = Scratch()
 
     def start(self, jobs: list[Job]) -> None:
         """Begin every job; each runs up to the first weight it needs."""
@@ -198,7 +192,7 @@ class Lanes:
         try:
             for job in jobs:
                 if not self._idle:
-                    self._idle.append(_Guest(duplicate(self._skeleton), self._fetch))
+                    self._idle.append(_Guest(duplicate(self._skeleton), self._fetch, self._left))
                 guest = self._idle.pop()
                 link_buffers(guest.skeleton, self._model)
                 self._running.append(guest)
@@ -215,10 +209,10 @@ class Lanes:
         behind: so all guests take a module together and its noise is drawn once a direction.
         """
         while ready := [guest for guest in self._running if self._weights.is_gathered(guest.need)]:
-            guest = min(ready, key=lambda guest: (self._key(guest) != self._scratch_of, guest.visited))
+            guest = min(ready, key=lambda guest: (self._key(guest) != self._copies_of, guest.visited))
             guest.resume()
             self._collect()
-        self._scratch_of, self._scratch = None, {}
+        self._copies_of, self._copies = None, {}
 
     def drive(self) -> None:
         """Finish the guests by gathering what they ask for, unit by unit (collectives)."""
@@ -234,7 +228,8 @@ class Lanes:
                 guest.stop()
         self._idle += self._running
         self._running = []
-        self._scratch_of, self._scratch = None, {}
+        self._copies_of, self._copies = None, {}
+        self._scratch.release()
 
     def close(self) -> None:
         """End the guests' threads."""
@@ -250,26 +245,52 @@ class Lanes:
         """Retire guests that are done; the first error unwinds all and is raised here."""
         self._idle += [guest for guest in self._running if not guest.parked]
         self._running = [guest for guest in self._running if guest.parked]
+        if not self._running:
+            self._copies_of, self._copies = None, {}
+            self._scratch.release()
         for job in self._jobs:
             if job.error is not None:
                 self.abandon()
                 raise job.error
 
-    def _fetch(self, perturbation: Perturbation, path: str, owned: dict[str, str]) -> dict[str, torch.Tensor]:
-        """Weights of one module at the guest's point: the gathered ones, or copies moved by scale * z."""
+    def _fetch(
+        self, point: Perturbation, path: str, module: nn.Module, owned: dict[str, str]
+    ) -> dict[str, torch.Tensor]:
+        """Weights of one module at the guest's point: the gathered ones, or moved by sign * scale * z."""
         self.entered.add(path)
-        key = (path, perturbation.query)
-        if perturbation.sign and key != self._scratch_of:
-            self._scratch_of, self._scratch = key, {}
-        fetched = {}
+        fetched = {local: self._weights.weight(path, local).detach() for local in owned}
+        copied = {}
         for local, name in owned.items():
-            weight = self._weights.weight(path, local).detach()
-            if perturbation.sign and self._weights.trainable(name):
-                if name not in self._scratch:
-                    p = perturbation
-                    self._scratch[name] = perturb(weight, p.scale, p.seed, name, p.query, p.distribution)
-                weight = self._scratch[name][0 if perturbation.sign > 0 else 1]
-            elif path in self._enclosing:
-                weight = weight.clone()
-            fetched[local] = weight
+            weight = fetched[local]
+            if not (point.sign and self._weights.trainable(name)):
+                if path in self._enclosing:
+                    fetched[local] = weight.clone()
+            elif is_made_where_read(module, local, weight):
+                fetched[local] = Moved(weight, name, point)
+            else:
+                copied[local] = name
+        if copied:
+            copies = self._copies_at(point, path, {name: fetched[local] for local, name in copied.items()})
+            fetched.update({local: copies[name][point.sign < 0] for local, name in copied.items()})
         return fetched
+
+    def _copies_at(
+        self, point: Perturbation, path: str, weights: dict[str, torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """(W + scale z, W - scale z) of a module's weights, made for the first guest that asks."""
+        if (path, point.query) != self._copies_of:
+            if path in self._enclosing:  # needed while the modules inside use the scratch memory
+                pairs = [
+                    (weight.new_empty(weight.shape), weight.new_empty(weight.shape)) for weight in weights.values()
+                ]
+            else:
+                pairs = self._scratch.pairs(list(weights.values()))
+            for (name, weight), pair in zip(weights.items(), pairs, strict=True):
+                perturb(weight, 0, *pair, name, point)
+            self._copies_of, self._copies = (path, point.query), dict(zip(weights, pairs, strict=True))
+        return self._copies
+
+    def _left(self, output: Any) -> None:
+        """A module's forward is over: what it returned must outlive the scratch memory."""
+        if any(isinstance(leaf, torch.Tensor) and self._scratch.holds(leaf) for leaf in tree_leaves(output)):
+            self._scratch.release()

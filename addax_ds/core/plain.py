@@ -1,6 +1,6 @@
 """Perturbation and fused update in plain torch operations: the backend for any device.
 
-Every backend offers the three functions of this file with the same signatures and, operation for
+Every backend offers the functions of this file with the same signatures and, operation for
 operation, the same rounding.
 """
 
@@ -9,6 +9,17 @@ from dataclasses import dataclass
 import torch
 
 from addax_ds.core.noise import Distribution, noise, rounding_bits
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One point theta + sign * scale * z of a step; sign 0 is theta itself."""
+
+    seed: int = 0
+    query: int = 0
+    sign: int = 0
+    scale: float = 0.0
+    distribution: Distribution = "normal"
 
 
 @dataclass(frozen=True)
@@ -45,17 +56,38 @@ def draw(seed, name, start, stop, query, distribution, device) -> torch.Tensor:
 
 
 def perturb(
-    weight: torch.Tensor, scale: float, seed: int, name: str, query: int, distribution: Distribution
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W + scale z, W - scale z) of a whole parameter, in its shape and dtype; W is only read.
+    weight: torch.Tensor,
+    start: int,
+    plus: torch.Tensor | None,
+    minus: torch.Tensor | None,
+    name: str,
+    point: Perturbation,
+) -> None:
+    """plus <- W + scale z and minus <- W - scale z; W is only read, and a None is not wanted.
+
+    weight: elements [start, start + n) of the flattened parameter `name`, in any shape; plus and
+    minus: contiguous, of its shape and dtype. The sign of `point` does not enter.
 
     The sum is taken in float32 and rounded once. `torch.add(w, z, alpha=scale)` on bfloat16 rounds
     otherwise in its vector body than in its tail, so shards and wholes would differ.
     """
-    z = draw(seed, name, 0, weight.numel(), query, distribution, weight.device)
-    step = (z * _float32(scale)).view(weight.shape)
+    z = draw(point.seed, name, start, start + weight.numel(), point.query, point.distribution, weight.device)
+    step = (z * _float32(point.scale)).view(weight.shape)
     wide = weight.float()
-    return (wide + step).to(weight.dtype), (wide - step).to(weight.dtype)
+    if plus is not None:
+        plus.copy_(wide + step)
+    if minus is not None:
+        minus.copy_(wide - step)
+
+
+def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
+    """Rows of W + sign * scale * z for a whole parameter W: [n, ...] of its dtype. rows: int64 [n]."""
+    width = weight.numel() // weight.shape[0]
+    out = weight.new_empty(len(rows), *weight.shape[1:])
+    for place, row in enumerate(rows.tolist()):
+        plus, minus = (out[place], None) if point.sign > 0 else (None, out[place])
+        perturb(weight[row], row * width, plus, minus, name, point)
+    return out
 
 
 def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:

@@ -4,7 +4,7 @@ import torch
 from addax_ds.core import cpu, plain
 from addax_ds.core.kernels import noise
 from addax_ds.core.noise import noise as defined_noise
-from addax_ds.core.plain import Step
+from addax_ds.core.plain import Perturbation, Step
 
 DTYPES = [torch.float32, torch.bfloat16]
 DISTRIBUTIONS = ["normal", "rademacher"]
@@ -42,23 +42,49 @@ def test_cpu_noise_is_the_defined_one_bit_for_bit(threads, distribution, start, 
     assert torch.equal(drawn, defined_noise(7, "w", start, stop, query=3, distribution=distribution))
 
 
+def perturbed(kernels, weight, point, start=0):
+    """W + scale z and W - scale z."""
+    plus, minus = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    kernels.perturb(weight, start, plus, minus, "w", point)
+    return plus, minus
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (401, 257)])
-def test_cpu_perturbation_is_the_plain_one_bit_for_bit(threads, dtype, distribution, shape):
-    weight = weights(torch.Size(shape).numel(), dtype).view(shape)
+@pytest.mark.parametrize("start", [0, 2047, 2**33 + 5])
+def test_cpu_perturbation_is_the_plain_one_bit_for_bit(threads, dtype, distribution, shape, start):
+    weight, point = weights(torch.Size(shape).numel(), dtype).view(shape), Perturbation(5, 2, 1, 1e-3, distribution)
     untouched = weight.clone()
-    fast = cpu.perturb(weight, 1e-3, 5, "w", 2, distribution)
-    for ours, theirs in zip(fast, plain.perturb(weight, 1e-3, 5, "w", 2, distribution), strict=True):
-        assert ours.shape == weight.shape and ours.dtype == dtype
+    pair = perturbed(cpu, weight, point, start)
+    for ours, theirs in zip(pair, perturbed(plain, weight, point, start), strict=True):
         assert torch.equal(ours, theirs)
+    for side in (0, 1):  # one without the other
+        alone = [None, None]
+        alone[side] = torch.empty_like(weight)
+        cpu.perturb(weight, start, *alone, "w", point)
+        assert torch.equal(alone[side], pair[side])
     assert torch.equal(weight, untouched)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", [(50, 7), (9, 3, 5), (6, 4097), (11,)])
+def test_perturbed_rows_are_those_of_the_whole(dtype, distribution, shape):
+    weight, rows = weights(torch.Size(shape).numel(), dtype).view(shape), torch.tensor([5, 0, 3, 3])
+    for kernels in (cpu, plain):
+        for sign in (1, -1):
+            point = Perturbation(5, 2, sign, 1e-3, distribution)
+            whole = perturbed(kernels, weight, point)[sign < 0]
+            assert torch.equal(kernels.perturb_rows(weight, rows, "w", point), whole[rows])
+            assert kernels.perturb_rows(weight, rows[:0], "w", point).shape == (0, *shape[1:])
+
+
 def test_a_transposed_weight_is_perturbed_in_row_major_order():
-    weight = weights(35, torch.float32).view(5, 7).t()
-    plus, _ = cpu.perturb(weight, 0.5, 5, "w", 0, "normal")
+    weight, point = weights(35, torch.float32).view(5, 7).t(), Perturbation(5, 0, 1, 0.5)
+    plus, _ = perturbed(cpu, weight, point)
     torch.testing.assert_close(plus - weight, 0.5 * defined_noise(5, "w", 0, 35).view(7, 5), rtol=1e-5, atol=1e-6)
+    assert torch.equal(cpu.perturb_rows(weight, torch.tensor([4, 1]), "w", point), plus[[4, 1]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,5 +169,5 @@ def test_the_digest_of_shards_adds_up_to_that_of_the_whole(threads, dtype):
 def test_gathered_storage_can_still_be_resized_after_a_perturbation():
     # FSDP2 frees gathered weights by resizing their storage, which Tensor.numpy() would forbid.
     weight = weights(64, torch.float32)
-    cpu.perturb(weight, 1e-3, 5, "w", 0, "normal")
+    perturbed(cpu, weight, Perturbation(5, 0, 1, 1e-3))
     weight.untyped_storage().resize_(0)

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from addax_ds.core import lanes as lanes_module
-from addax_ds.core.lanes import Job, Lanes, Perturbation
+from addax_ds.core import moved as moved_module
+from addax_ds.core.lanes import Job, Lanes
+from addax_ds.core.moved import Moved
 from addax_ds.core.noise import noise
+from addax_ds.core.plain import Perturbation
 from addax_ds.core.skeleton import strip
 
 EPS = 0.1
@@ -135,9 +138,9 @@ def test_one_gather_of_a_unit_serves_all_guests(lanes, weights):
 def test_noise_is_drawn_once_per_module_and_direction(model, lanes, monkeypatch):
     drawn = []
 
-    def counting(weight, scale, seed, name, query, distribution):
-        drawn.append((name, query))
-        return perturb(weight, scale, seed, name, query, distribution)
+    def counting(weight, start, plus, minus, name, point):
+        drawn.append((name, point.query))
+        perturb(weight, start, plus, minus, name, point)
 
     perturb = lanes_module.perturb
     monkeypatch.setattr(lanes_module, "perturb", counting)
@@ -147,24 +150,132 @@ def test_noise_is_drawn_once_per_module_and_direction(model, lanes, monkeypatch)
 
 
 def test_only_one_modules_copies_are_alive(model, lanes, monkeypatch):
-    alive: list[weakref.ref] = []
+    blocks: list[weakref.ref] = []
     most = 0
 
-    def watching(*args):
+    def watching(weight, start, plus, minus, name, point):
         nonlocal most
-        pair = perturb(*args)
-        alive.extend(weakref.ref(side) for side in pair)
-        most = max(most, sum(ref().numel() for ref in alive if ref() is not None))
-        return pair
+        blocks.extend(weakref.ref(side.untyped_storage()) for side in (plus, minus))
+        alive = {s.data_ptr(): s.nbytes() for s in (ref() for ref in blocks) if s is not None}
+        most = max(most, sum(alive.values()))
+        perturb(weight, start, plus, minus, name, point)
 
     perturb = lanes_module.perturb
     monkeypatch.setattr(lanes_module, "perturb", watching)
     lanes.start([Job(lambda m: m(X), point) for point in points(queries=2, repeats=2)])
     lanes.drive()
-    # Both signs of the largest module that owns weights, while that of before is given up.
-    largest = sum(p.numel() for p in model.blocks[0].inner.parameters())
+    # Both signs of the largest module that owns weights, each weight padded to 64 bytes.
+    largest = sum(-(-p.numel() * 4 // 64) * 64 for p in model.blocks[0].inner.parameters())
     assert 0 < most <= 2 * largest
-    assert not any(ref() is not None for ref in alive), "a copy outlived the forwards"
+    assert not any(ref() is not None for ref in blocks), "a copy outlived the forwards"
+
+
+class Returned(nn.Module):
+    """Modules that hand out their weight itself or a view of it, as position embeddings do."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 6))
+
+        def forward(self, count: int) -> dict[str, torch.Tensor]:
+            return {"view": self.weight[:count]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = self.Holder(), self.Holder()
+        self.third = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.first(4)["view"], self.second(4)["view"]
+        return self.third(x) * first + second
+
+
+def test_a_weight_that_a_module_returns_outlives_the_copies_of_the_next():
+    torch.manual_seed(1)
+    model = Returned()
+
+    class Whole(OneUnitAtATime):
+        def unit(self, path: str) -> str:
+            return ""
+
+    lanes = Lanes(model, strip(model), Whole(model))
+    jobs = [Job(lambda m: m(X), point) for point in points(queries=2)]
+    lanes.start(jobs)
+    lanes.drive()
+    for job in jobs:
+        torch.testing.assert_close(job.result, moved(model, job.perturbation), rtol=1e-6, atol=1e-6)
+    lanes.close()
+
+
+class Language(nn.Module):
+    """Embedding and head, by turns tied."""
+
+    def __init__(self, tied: bool, **embedding) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 6, **embedding)
+        self.head = nn.Linear(6, 50, bias=not tied)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [1 << 26, 100, 6, 1])
+def test_rows_and_chunks_of_large_weights_are_made_where_they_are_read(monkeypatch, tied, chunk):
+    monkeypatch.setattr(moved_module, "CHUNK", chunk)
+    torch.manual_seed(1)
+    model, ids = Language(tied, padding_idx=3), torch.tensor([[3, 7, 7], [49, 0, 3]])
+    copied: list[int] = []
+
+    def watching(weight, *arguments):
+        copied.append(weight.numel())
+        perturb(weight, *arguments)
+
+    perturb = moved_module.perturb
+    for module in (lanes_module, moved_module):
+        monkeypatch.setattr(module, "perturb", watching)
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model))
+    jobs = [Job(lambda m: m(ids), point) for point in points(queries=2)]
+    lanes.start(jobs)
+    lanes.drive()
+    for job in jobs:
+        with torch.no_grad():
+            weights = {
+                name: p
+                + job.perturbation.sign * EPS * noise(3, name, 0, p.numel(), query=job.perturbation.query).view_as(p)
+                for name, p in model.named_parameters()
+            }
+            expected = torch.func.functional_call(model, weights, (ids,))
+        torch.testing.assert_close(job.result, expected, rtol=1e-6, atol=1e-6)
+    head = 50 * 6
+    bias = 0 if tied else 50
+    assert max(copied) == (head if chunk >= head else max(chunk // 6 * 6, 6, bias)), "a weight was copied whole"
+    # Rows that are looked up are made apart, so a whole embedding is never copied.
+    assert sum(size == head for size in copied) == (2 if chunk >= head else 0)
+    lanes.close()
+
+
+def test_a_large_weight_gives_its_whole_copy_to_any_other_use():
+    torch.manual_seed(1)
+    weight, point = torch.randn(10, 4), Perturbation(3, 1, -1, EPS)
+    whole = weight - EPS * noise(3, "w", 0, 40, query=1).view(10, 4)
+    moved = Moved(weight, "w", point)
+    assert (moved.shape, moved.dtype, moved.device, moved.numel(), moved.dim()) == (
+        (10, 4),
+        torch.float32,
+        weight.device,
+        40,
+        2,
+    )
+    torch.testing.assert_close(moved + 1, whole + 1)
+    torch.testing.assert_close(torch.ones(10) @ moved, whole.sum(0))
+    torch.testing.assert_close(moved[[2, 5]], whole[[2, 5]])
+    torch.testing.assert_close(moved.T.contiguous(), whole.T)
+    torch.testing.assert_close(torch.embedding(moved, torch.tensor([2])), whole[[2]])
+    assert type(moved * 2) is torch.Tensor
 
 
 def test_the_same_guests_run_beside_a_host(model, lanes, weights):

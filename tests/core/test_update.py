@@ -8,7 +8,7 @@ import torch
 
 from addax_ds.core import kernels
 from addax_ds.core.noise import noise
-from addax_ds.core.plain import Step
+from addax_ds.core.plain import Perturbation, Step
 
 N = 5000
 STEP = Step(
@@ -70,7 +70,8 @@ def test_nearest_rounding_loses_small_updates_and_stochastic_rounding_does_not(s
 
 def test_perturbation_rounds_once_from_float32():
     weight = torch.randn(N).bfloat16()
-    plus, minus = kernels.perturb(weight, 1e-3, 7, "w", 0, "normal")
+    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
+    kernels.perturb(weight, 0, plus, minus, "w", Perturbation(7, 0, 1, 1e-3))
     moved = noise(7, "w", 0, N) * torch.tensor(1e-3)
     assert torch.equal(plus, (weight.float() + moved).bfloat16())
     assert torch.equal(minus, (weight.float() - moved).bfloat16())

@@ -1,0 +1,84 @@
+"""Large weights at a guest's point that are never copied whole: they are made where they are read."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from addax_ds.core.kernels import perturb, perturb_rows
+from addax_ds.core.plain import Perturbation
+
+# Elements of a linear layer's weight above which its product is taken in chunks of rows: only the
+# heads of large vocabularies are that large.
+CHUNK = 1 << 26
+
+
+def is_made_where_read(module: nn.Module, local: str, weight: torch.Tensor) -> bool:
+    """Whether a module's weight is worth a `Moved` in place of a copy."""
+    if local != "weight":
+        return False
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None  # else the forward writes into its weight
+    return isinstance(module, nn.Linear) and weight.numel() > CHUNK
+
+
+class Moved(torch.Tensor):
+    """W + sign * scale * z: the rows that are looked up, or a product in chunks of rows.
+
+    Whatever else is done with it gets the whole copy. Exactly the elements of the whole copy, so
+    looked-up rows are bit-equal to it; a product in chunks is the same on every engine.
+    """
+
+    _of: tuple[torch.Tensor, str, Perturbation]
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor, name: str, point: Perturbation):
+        moved = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+        moved._of = (weight, name, point)
+        return moved
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is functional.embedding and isinstance(args[1], cls):
+            return args[1]._look_up(args[0])
+        if function is functional.linear and isinstance(args[1], cls):
+            return args[1]._multiply(*args[:1], *args[2:], **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+        args, kwargs = tree_map(lambda x: x._whole() if isinstance(x, cls) else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _rows(self, begin: int, end: int) -> torch.Tensor:
+        weight, name, point = self._of
+        out = torch.empty_like(weight[begin:end], memory_format=torch.contiguous_format)
+        plus, minus = (out, None) if point.sign > 0 else (None, out)
+        perturb(weight[begin:end], begin * (weight.numel() // weight.shape[0]), plus, minus, name, point)
+        return out
+
+    def _whole(self) -> torch.Tensor:
+        return self._rows(0, self._of[0].shape[0])
+
+    def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        weight, name, point = self._of
+        rows, places = ids.unique(return_inverse=True)
+        return functional.embedding(places, perturb_rows(weight, rows, name, point))
+
+    def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        height, width = self._of[0].shape
+        rows = max(CHUNK // width, 1)
+        out: Any = None
+        for begin in range(0, height, rows):
+            end = min(begin + rows, height)
+            part = functional.linear(input, self._rows(begin, end), None if bias is None else bias[begin:end])
+            if out is None:  # only now is autocast's dtype known
+                out = part.new_empty(*part.shape[:-1], height)
+            out[..., begin:end] = part
+        return out
