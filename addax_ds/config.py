@@ -48,6 +48,9 @@ class AddaxConfig:
     """Decoupled weight decay, as a multiple of lr."""
     distribution: Literal["normal", "rademacher"] = "normal"
     """Distribution of the perturbation z."""
+    perturb: Literal["gathered", "shard", "auto"] = "gathered"
+    """Where the noise is added: to gathered weights, which one gather serves; to each rank's shard on
+    the way into a gather for every point, which draws less; or whichever a trial finds to cost less."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How an update is rounded to bfloat16 weights; float32 weights need none."""
     seed: int = 0

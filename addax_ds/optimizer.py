@@ -24,6 +24,7 @@ from addax_ds.core.plain import Perturbation, Step
 from addax_ds.core.scalars import Scalars, projected_gradients
 from addax_ds.engines.base import Engine
 from addax_ds.engines.choose import choose_engine, register_with_deepspeed
+from addax_ds.engines.placement import MovedShards, choose_placement
 from addax_ds.errors import UserError
 from addax_ds.loss import token_loss
 from addax_ds.micro_batches import Batch, batch_size, cut, fingerprint
@@ -61,6 +62,9 @@ class Addax(torch.optim.Optimizer):
         self.config: AddaxConfig = build(AddaxConfig, hyperparameters, "Addax")
         self.steps = 0
         self._engine: Engine | None = None
+        self.placement = ""
+        """Where the noise is added, "gathered" or "shard"; empty before the first zeroth-order step."""
+        self.placement_reason = ""
         self._pending: _Pending | None = None
         self._accumulated: dict[str, torch.Tensor] = {}
         self._host_is_forwarding = False
@@ -100,7 +104,11 @@ class Addax(torch.optim.Optimizer):
             if p.dtype not in (torch.float32, torch.bfloat16):
                 raise UserError(f"{name} is {p.dtype}: load the model in float32 or bfloat16")
         self._group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        self._engine = engine
+        if self.config.perturb == "shard" and not engine.sharded:
+            raise UserError(
+                "perturb: shard needs sharded weights, and here every rank holds all: set perturb: gathered"
+            )
+        self._engine, self.placement = engine, ""
         engine.trainable_names = set(parameters)
         self._lanes = Lanes(engine.model, engine.skeleton, engine)
         engine.attach(parameters, self._unit_gathered, self._on_gradient)
@@ -116,6 +124,13 @@ class Addax(torch.optim.Optimizer):
         # Only in a step's own forward: recomputation enters modules again in the backward.
         if self._host_is_forwarding:
             self._lanes.advance()
+
+    def _place(self) -> None:
+        """Settle where the noise is added; with `perturb: auto` by a trial (collectives)."""
+        if not self.placement:
+            self.placement, self.placement_reason = self.config.perturb, "as set"
+            if self.config.perturb == "auto":
+                self.placement, self.placement_reason = choose_placement(self.engine, self.config.queries)
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -148,10 +163,13 @@ class Addax(torch.optim.Optimizer):
         engine.before_step()
         if self.steps == 0:
             self._check_batches_agree(mine)
+        if zo:
+            self._place()
         backward_ran = not fo
         try:
             with dropout(engine.model, config.dropout):
-                guests = self._start_guests(zo, seed, loss_fn, idle_joins=not fo)
+                guests = self._guests(zo, seed, loss_fn, beside_a_host=bool(fo))
+                self._begin([job for _, job in guests])
                 loss = self._first_order_forwards(fo, seed, loss_fn, scalars)
                 self._lanes.drive()
                 for (query, sign, index), job in guests:
@@ -174,24 +192,32 @@ class Addax(torch.optim.Optimizer):
             self._accumulated = {}
             engine.after_step(backward_ran)
 
-    def _start_guests(
-        self, zo: list[Batch], seed: int, loss_fn: LossFunction, idle_joins: bool
+    def _guests(
+        self, zo: list[Batch], seed: int, loss_fn: LossFunction, beside_a_host: bool
     ) -> list[tuple[tuple[int, int, int | None], Job]]:
-        """Start this rank's guests; each comes with its direction, sign and micro-batch."""
+        """This rank's guests, each with its direction, sign and micro-batch."""
         config, engine = self.config, self.engine
-        mine = range(engine.rank, len(zo), engine.world_size)
-        places: list[tuple[int, int, int | None]] = [
-            (query, sign, index) for query in range(config.queries) for index in mine for sign in (1, -1)
+        mine: list[int | None] = list(range(engine.rank, len(zo), engine.world_size))
+        signs = [(query, sign) for query in range(config.queries) for sign in (1, -1)]
+        if zo and not mine:
+            # Where guests ask for the gathers, each needs one on every rank: its result is dropped.
+            mine = [None]
+            signs = signs if self.placement == "shard" else signs[:0] if beside_a_host else signs[:1]
+        return [
+            ((query, sign, index), Job(_loss_of(loss_fn, zo[index or 0]), self._point(seed, query, sign)))
+            for query, sign in signs
+            for index in mine
         ]
-        if not places and zo and idle_joins:
-            places = [(0, 1, None)]  # without a host, gathers need a guest on every rank
-        guests = [
-            (place, Job(_loss_of(loss_fn, zo[place[2] or 0]), self._point(seed, place[0], place[1])))
-            for place in places
-        ]
-        self._lanes.start([job for _, job in guests])
-        self._lanes.advance()
-        return guests
+
+    def _begin(self, jobs: list[Job]) -> None:
+        """Start guests: on gathered weights up to the first that is not gathered, on shards to their end."""
+        if self.placement != "shard":
+            self._lanes.start(jobs)
+            self._lanes.advance()
+            return
+        for point in dict.fromkeys(job.perturbation for job in jobs):
+            at_point = [job for job in jobs if job.perturbation == point]
+            self._lanes.run(at_point, MovedShards(self.engine, point))
 
     def _check_batches_agree(self, mine: int) -> None:
         """Raises `UserError` where ranks hold different batches, before any forward.
@@ -285,9 +311,10 @@ class Addax(torch.optim.Optimizer):
         self._check_idle()
         refuse_reentrant(engine.model)
         engine.before_step()
+        self._place()
         points = [self._point(seed, query, sign) for query in range(self.config.queries) for sign in (1, -1)]
         jobs = [Job(lambda model: _per_sample(loss_fn(model)).double().cpu(), point) for point in points]
-        self._lanes.start(jobs)
+        self._begin(jobs)
         self._lanes.drive()
         if self.steps == 0:
             engine.check_reached(self._lanes.entered)
@@ -384,8 +411,7 @@ class Addax(torch.optim.Optimizer):
         self._check_idle()
         self.engine.before_step()
         jobs = [Job(run) for run in runs]
-        self._lanes.start(jobs)
-        self._lanes.drive()
+        self._lanes.run(jobs)
         return [job.result for job in jobs]
 
     def state_dict(self) -> dict[str, Any]:

@@ -83,6 +83,19 @@ def evaluate(settings: Settings = None, local_rank: LocalRank = None) -> None:
 
 
 @app.command()
+def bench(
+    table: Annotated[str, typer.Argument(help="noise, wire, step or memory.")],
+    engine: Annotated[str, typer.Option(help="fsdp or zero3, for step.")] = "fsdp",
+    ranks: Annotated[int, typer.Option(help="Ranks of step and memory.")] = 2,
+    json: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
+) -> None:
+    """Measure noise, traffic or steps on this machine, each figure beside its peer's in the same run."""
+    from addax_ds.cli.bench import bench as run
+
+    run(table, engine, ranks, json)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and its plots again from the files of a run folder."""
     from addax_ds.training.report import write_report

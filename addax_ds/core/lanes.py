@@ -221,6 +221,16 @@ class Lanes:
             with self._weights.gather(behind.need):
                 self.advance()
 
+    def run(self, jobs: list[Job], weights: Weights | None = None) -> None:
+        """Start guests and drive them to their end, reading `weights` in place of the engine's own."""
+        own = self._weights
+        self._weights = weights or own
+        try:
+            self.start(jobs)
+            self.drive()
+        finally:
+            self._weights = own
+
     def abandon(self) -> None:
         """Unwind every guest that is not done, after a failure."""
         for guest in self._running:

@@ -25,6 +25,8 @@ class Engine(ABC):
     """Common ground of the engines: names, ranks and the scalar all-reduce."""
 
     name: str
+    sharded = True
+    """Whether a rank holds a part of each weight only."""
 
     def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
         self.model = model
@@ -33,6 +35,11 @@ class Engine(ABC):
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._modules = dict(model.named_modules())
         self.owners = {path: owned for path, _, owned in owned_weights(skeleton)}
+        self._shapes = {
+            name: getattr(module, local).shape
+            for _, module, owned in owned_weights(skeleton)
+            for local, name in owned.items()
+        }
         self.names = list(dict.fromkeys(name for owned in self.owners.values() for name in owned.values()))
         self.units = units_of(model)
         """Module paths of each part that is gathered together."""
@@ -62,6 +69,17 @@ class Engine(ABC):
     @abstractmethod
     def shard(self, name: str) -> Shard:
         """This rank's range of a parameter, as memory that can be written."""
+
+    @abstractmethod
+    def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
+        """Elements of a parameter that a rank holds, and the ranks that hold it together.
+
+        The last ranks hold fewer where the number of elements is no multiple. None is all ranks.
+        """
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole parameter."""
+        return self._shapes[name]
 
     @abstractmethod
     def whole(self, name: str) -> torch.Tensor:

@@ -155,6 +155,14 @@ class DeepSpeedAddax(ZeROOptimizer):
     def steps(self) -> int:
         return self.optimizer.steps
 
+    @property
+    def placement(self) -> str:
+        return self.optimizer.placement
+
+    @property
+    def placement_reason(self) -> str:
+        return self.optimizer.placement_reason
+
     def train_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `Addax.train_step`; steps the engine's schedule, counters and monitor too."""
         metrics = self.optimizer.train_step(*args, **kwargs)

@@ -132,6 +132,14 @@ class FSDP(Engine):
         start = min(offset[0] * row, parameter.numel()) if parameter.ndim else 0
         return Shard(name, parameter.numel(), start, local.view(-1))
 
+    def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
+        parameter = self._registered(name)
+        group = self._mesh.get_group(self._mesh.ndim - 1)
+        if not parameter.ndim:
+            return parameter.numel(), group
+        rows = -(-parameter.shape[0] // dist.get_world_size(group))
+        return rows * (parameter.numel() // parameter.shape[0]), group
+
     def whole(self, name: str) -> torch.Tensor:
         return self._registered(name).full_tensor().detach().clone()
 

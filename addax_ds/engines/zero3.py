@@ -70,6 +70,10 @@ class Zero3(Engine):
         length = min(size, parameter.ds_numel - start)
         return Shard(name, parameter.ds_numel, start, parameter.ds_tensor.data.narrow(0, 0, length))
 
+    def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
+        parameter = self._parameters[name]
+        return parameter.ds_tensor.ds_numel, parameter.ds_process_group
+
     def is_primary_copy(self) -> bool:
         return True
 

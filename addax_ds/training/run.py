@@ -116,7 +116,7 @@ def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World
     seconds, skipped = [], 0
     for step in range(config.steps):
         begun = time.monotonic()
-        zo, fo = _batches(config, prepared, pools, step, inputs, engine.device)
+        zo, fo = step_batches(config, prepared, pools, step, inputs, engine.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         # The second step: the first builds engines' caches, and one is enough, since counting slows it.
@@ -125,6 +125,8 @@ def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World
                 metrics = optimizer.train_step(zo, fo, loss_fn)
         else:
             metrics = optimizer.train_step(zo, fo, loss_fn)
+        if step == 0 and config.perturb == "auto":
+            say(f"perturb: {optimizer.placement} ({optimizer.placement_reason})")
         elapsed = time.monotonic() - begun
         seconds.append(elapsed)
         skipped += metrics["skipped"]
@@ -212,7 +214,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _batches(
+def step_batches(
     config: RunConfig, prepared: Prepared, pools: Partition, step: int, inputs: frozenset[str], device: torch.device
 ) -> tuple[list[Batch] | None, list[Batch] | None]:
     """The step's zeroth-order and first-order micro-batches, the same on every rank."""

@@ -17,10 +17,16 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 import addax_ds
@@ -42,19 +48,19 @@ EVICTING = {
 HYPER = {"lr": 0.1, "alpha": 0.3, "eps": 1e-3, "zo_micro_batch": 2, "fo_micro_batch": 2}
 
 
+_LIKE_LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 21,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+}
+
+
 def _llama(tied: bool) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=21,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            head_dim=6,
-            tie_word_embeddings=tied,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**_LIKE_LLAMA, tie_word_embeddings=tied))
 
 
 def _opt(**changes: Any) -> nn.Module:
@@ -86,12 +92,33 @@ def _bert() -> nn.Module:
     )
 
 
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=HIDDEN,
+            n_layer=LAYERS,
+            n_head=3,
+            n_positions=33,
+            n_inner=21,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama-tied": lambda: _llama(tied=True),
     "llama-untied": lambda: _llama(tied=False),
     "opt": _opt,
     "opt-dropout": lambda: _opt(dropout=0.5, attention_dropout=0.3),
     "bert": _bert,
+    "gpt2": _gpt2,
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LIKE_LLAMA)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_LIKE_LLAMA, num_local_experts=4)),
 }
 
 

@@ -1,0 +1,126 @@
+"""Peak memory per rank of Addax and of what one would use in its place, each in fresh processes."""
+
+import itertools
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from addax_ds.bench.engines import MODEL, on_engine, sharded_engine
+from addax_ds.bench.ranks import on_ranks
+from addax_ds.bench.table import Bench
+from addax_ds.config import RunConfig
+from addax_ds.data.partition import partition
+from addax_ds.loss import choice_loss
+from addax_ds.micro_batches import Batch
+from addax_ds.optimizer import Addax
+from addax_ds.training.models import accepted
+from addax_ds.training.run import prepare_inputs, step_batches
+from addax_ds.training.world import World
+
+STEPS = 2
+METHODS = ("mezo", "addax", "ip-sgd", "sgd", "adamw")
+# Whole product reviews of up to a few hundred tokens; every method sees batches of the same size.
+CONFIG = RunConfig(
+    model=MODEL, data="amazon", train_samples=200, eval_samples=1, k0=4, k1=4, zo_micro_batch=2, fo_micro_batch=2
+)
+
+
+def bench_memory(ranks: int = 2, config: RunConfig = CONFIG) -> Bench:
+    """MB per rank, of FSDP2 shards in float32, with and without activation checkpointing.
+
+    mezo and addax take their zeroth-order batch from the long documents, ip-sgd, sgd and adamw take
+    all of their batch from all documents, as methods that know no length threshold do.
+    """
+    bench = Bench("memory", f"MB per rank, {config.model} on {config.data}, FSDP2, {ranks} ranks")
+    for checkpointing, method in itertools.product((False, True), METHODS):
+        figures = on_ranks(measure, ranks, method=method, checkpointing=checkpointing, config=config)
+        bench.rows.append(
+            {
+                "method": method,
+                "activation checkpointing": "yes" if checkpointing else "no",
+                **{name: max(figure[name] for figure in figures) / 1e6 for name in figures[0]},
+            }
+        )
+    for row in bench.rows:
+        peers = {
+            other["method"]: other
+            for other in bench.rows
+            if other["activation checkpointing"] == row["activation checkpointing"]
+        }
+        row["peak of mezo's"] = row["peak in steps"] / peers["mezo"]["peak in steps"]
+        row["weights and states of addax's"] = row["weights and states"] / peers["addax"]["weights and states"]
+    return bench
+
+
+def measure(world: World, method: str, checkpointing: bool, config: RunConfig) -> dict[str, int]:
+    """Bytes on this rank: weights, gradients and states kept after a step, and the peak above the start."""
+    prepared = prepare_inputs(config)
+    lengths = [example.length for example in prepared.train]
+    everything = method in ("ip-sgd", "sgd", "adamw")
+    pools = partition(lengths, "none" if everything else config.lt)
+    engine = sharded_engine(world, "fsdp", config.model)
+    model: Any = engine.model
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = accepted(model)
+    alpha = {"mezo": 1.0, "ip-sgd": 0.0}.get(method, 1e-3)
+    optimizer: Any
+    if method in ("sgd", "adamw"):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, 1e-5) if method == "sgd" else torch.optim.AdamW(parameters, 1e-5)
+    else:
+        hyper = {"lr": 1e-5, "zo_micro_batch": config.zo_micro_batch, "fo_micro_batch": config.fo_micro_batch}
+        optimizer = on_engine(Addax, engine, alpha=alpha, **hyper)
+    _reset_peak()
+    before = _now()
+    for step in range(STEPS):
+        zo, fo = step_batches(config, prepared, pools, step, inputs, engine.device)
+        assert zo is not None and fo is not None
+        if isinstance(optimizer, Addax):
+            optimizer.train_step(zo, fo, choice_loss)
+        else:
+            _torch_step(optimizer, model, fo, world)
+    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    local = [getattr(tensor, "_local_tensor", tensor) for tensor in held]
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in local)
+    return {"weights and states": kept, "peak in steps": max(_peak() - before, 0)}
+
+
+def _torch_step(optimizer: torch.optim.Optimizer, model: Any, batches: list[Batch], world: World) -> None:
+    """A step of a torch optimizer on this rank's micro-batches; gradients are kept, as training loops do."""
+    model.train()
+    optimizer.zero_grad()
+    for batch in batches[world.rank :: world.size]:
+        choice_loss(model, batch).mean().backward()
+    optimizer.step()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _now() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """Resident memory of this process in bytes, now (VmRSS) or at most since the reset (VmHWM)."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -1,0 +1,143 @@
+"""Seconds per step, beside the floor of the same forwards and backward and beside the textbook's step."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from addax_ds.bench.engines import MODEL, on_engine, sharded_engine
+from addax_ds.bench.ranks import on_ranks
+from addax_ds.bench.table import Bench
+from addax_ds.config import RunConfig
+from addax_ds.core.lanes import Job
+from addax_ds.core.plain import Perturbation
+from addax_ds.core.scalars import projected_gradients
+from addax_ds.data.partition import partition
+from addax_ds.engines.base import Engine
+from addax_ds.loss import choice_loss
+from addax_ds.micro_batches import Batch
+from addax_ds.optimizer import Addax
+from addax_ds.training.models import accepted
+from addax_ds.training.run import prepare_inputs, step_batches
+from addax_ds.training.world import World
+
+# The quickstart's batches.
+CONFIG = RunConfig(model=MODEL, train_samples=8000, k0=6, k1=16, zo_micro_batch=3, fo_micro_batch=8)
+
+
+class Floor(Addax):
+    """The same forwards and backward on the same engine, with neither perturbation nor update."""
+
+    def _point(self, seed: int, query: int, sign: int) -> Perturbation:
+        return Perturbation()
+
+    def _write(self, name: str, gradient: torch.Tensor | None, pending: Any) -> None:
+        pending.written.add(name)
+
+
+class OneAfterTheOther(Addax):
+    """The same lanes, each with gathers of its own."""
+
+    def _begin(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._lanes.run([job])
+
+
+class Textbook:
+    """A step without this package: noise from torch's generator added in place three times, then SGD.
+
+    Every rank moves its own shards, so it is the textbook's step as a sharded engine can run it.
+    """
+
+    def __init__(self, engine: Engine, lr: float, alpha: float, eps: float) -> None:
+        self.engine, self.lr, self.alpha, self.eps = engine, lr, alpha, eps
+        parameters = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
+        self.names = list(parameters)
+        self.steps = 0
+        engine.attach(parameters, lambda: None, self._on_gradient)
+
+    def train_step(self, zo: list[Batch], fo: list[Batch], loss_fn: Callable) -> None:
+        """One step; ranks take micro-batches in turn, as many for each."""
+        engine = self.engine
+        engine.model.eval()
+        losses = []
+        for move in (1.0, -2.0):
+            self._add_noise(move * self.eps)
+            with torch.no_grad():
+                mine = [loss_fn(engine.model, batch).sum() for batch in zo[engine.rank :: engine.world_size]]
+            engine.after_step(False)
+            losses.append(engine.sum(torch.stack(mine).sum().double().cpu().view(1)).item())
+        self._add_noise(self.eps)
+        samples = sum(len(batch["input_ids"]) for batch in zo)
+        (g0,) = projected_gradients([losses[0] / samples], [losses[1] / samples], self.eps)
+        count = sum(len(batch["input_ids"]) for batch in fo)
+        for batch in fo[engine.rank :: engine.world_size]:
+            (loss_fn(engine.model, batch).sum() / count).backward()
+        engine.after_step(True)
+        self._add_noise(-self.lr * self.alpha * g0)
+        self.steps += 1
+
+    @torch.no_grad()
+    def _add_noise(self, scale: float) -> None:
+        generator = torch.Generator(self.engine.device).manual_seed(self.steps)
+        for name in self.names:
+            local = self.engine.shard(name).local
+            noise = torch.randn(local.shape, generator=generator, device=local.device, dtype=local.dtype)
+            local.add_(noise, alpha=scale)
+
+    @torch.no_grad()
+    def _on_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        self.engine.shard(name).local.add_(gradient, alpha=-self.lr * (1.0 - self.alpha))
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        self.engine.detach()
+
+
+def bench_step(engine: str = "fsdp", ranks: int = 2, rounds: int = 4, config: RunConfig = CONFIG) -> Bench:
+    """Median seconds of a step of each kind; the kinds take turns."""
+    bench = Bench("step", f"seconds per step, {config.model} on {config.data}, {engine}, {ranks} ranks")
+    seconds = on_ranks(time_steps, ranks, seconds=3600.0, engine=engine, rounds=rounds, config=config)[0]
+    median = {kind: statistics.median(times) for kind, times in seconds.items()}
+    for kind, value in median.items():
+        bench.rows.append(
+            {
+                "step": kind,
+                "seconds": value,
+                "of the floor": value / median["floor"],
+                "textbook / this": median["textbook, normal"] / value,
+            }
+        )
+    return bench
+
+
+def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dict[str, list[float]]:
+    """Seconds of each step by kind, without the first round."""
+    prepared = prepare_inputs(config)
+    pools = partition([example.length for example in prepared.train], config.lt)
+    held = sharded_engine(world, engine, config.model)
+    hyper = {"lr": 1e-5, "zo_micro_batch": config.zo_micro_batch, "fo_micro_batch": config.fo_micro_batch}
+    kinds: dict[str, Callable[[], Any]] = {
+        "floor": lambda: on_engine(Floor, held, **hyper),
+        "addax, rademacher": lambda: on_engine(Addax, held, distribution="rademacher", **hyper),
+        "addax, normal": lambda: on_engine(Addax, held, **hyper),
+        "one lane after the other, normal": lambda: on_engine(OneAfterTheOther, held, **hyper),
+        "textbook, normal": lambda: Textbook(held, lr=1e-5, alpha=1e-3, eps=1e-3),
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(rounds + 1):
+        zo, fo = step_batches(config, prepared, pools, turn, accepted(held.model), held.device)
+        for kind, build in kinds.items():
+            optimizer = build()
+            torch.distributed.barrier()
+            begun = time.perf_counter()
+            optimizer.train_step(zo, fo, choice_loss)
+            if held.device.type == "cuda":
+                torch.cuda.synchronize()
+            torch.distributed.barrier()
+            if turn:
+                seconds[kind].append(time.perf_counter() - begun)
+            optimizer.detach()
+    return seconds

@@ -1,0 +1,28 @@
+"""`addax-ds bench`: the tables of addax_ds/bench."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from addax_ds.bench.table import Bench
+from addax_ds.errors import UserError
+
+
+def bench(table: str, engine: str, ranks: int, json: Path | None) -> None:
+    """Measure one table, print it and write it as JSON where a path is given."""
+    from addax_ds.bench.memory import bench_memory
+    from addax_ds.bench.noise import bench_noise
+    from addax_ds.bench.step import bench_step
+    from addax_ds.bench.wire import bench_wire
+
+    tables: dict[str, Callable[[], Bench]] = {
+        "noise": bench_noise,
+        "wire": bench_wire,
+        "step": lambda: bench_step(engine, ranks),
+        "memory": lambda: bench_memory(ranks),
+    }
+    if table not in tables:
+        raise UserError(f"bench {table}: no such table: give one of {', '.join(tables)}")
+    result = tables[table]()
+    result.show()
+    if json is not None:
+        result.write(json)

@@ -1,0 +1,135 @@
+"""Where the noise is added: to gathered weights, or to each shard on its way into the gather.
+
+`gathered` draws z for every weight on every rank and needs one gather for all guests. `shard` draws
+1 / N of it on each of N ranks, and each point needs a gather of its own. Both give the same bits,
+since z is named by element.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from addax_ds.core.kernels import perturb
+from addax_ds.core.plain import Perturbation
+from addax_ds.engines.base import Engine
+
+_TRIAL = 1 << 22  # elements that are perturbed and gathered to measure both speeds
+
+
+class MovedShards:
+    """What guests at one point read: weights gathered from copies of the shards that were moved.
+
+    The shards themselves are only read. Implements `lanes.Weights`.
+    """
+
+    def __init__(self, engine: Engine, point: Perturbation) -> None:
+        self._engine = engine
+        self._point = point
+        self._held: dict[str, torch.Tensor] = {}
+
+    def trainable(self, name: str) -> bool:
+        """False: what is gathered here has been moved already."""
+        return False
+
+    def is_gathered(self, path: str) -> bool:
+        """See `lanes.Weights`."""
+        return all(name in self._held for name in self._engine.owners[path].values())
+
+    def weight(self, path: str, local: str) -> torch.Tensor:
+        """See `lanes.Weights`."""
+        return self._held[self._engine.owners[path][local]]
+
+    @contextlib.contextmanager
+    def gather(self, path: str) -> Iterator[None]:
+        """See `lanes.Weights`."""
+        engine = self._engine
+        owners = next((engine.owners_in(unit) for unit in engine.units if path in engine.owners_in(unit)), [path])
+        names = dict.fromkeys(name for owner in owners for name in engine.owners[owner].values())
+        pending = [self._start(name) for name in names]
+        for name, whole, work in pending:
+            if work is not None:
+                work.wait()
+            self._held[name] = whole
+        try:
+            yield
+        finally:
+            self._held = {}
+
+    def _start(self, name: str) -> tuple[str, torch.Tensor, dist.Work | None]:
+        """Begin the gather of a parameter: its whole copy, complete once the work is done."""
+        engine = self._engine
+        shard, shape = engine.shard(name), engine.shape(name)
+        share, group = engine.share(name)
+        moved = shard.local.new_empty(share)
+        mine = moved[: shard.local.numel()]
+        if self._point.sign and engine.trainable(name):
+            plus, minus = (mine, None) if self._point.sign > 0 else (None, mine)
+            perturb(shard.local, shard.start, plus, minus, name, self._point)
+        else:
+            mine.copy_(shard.local)
+        moved = moved.to(engine.device)
+        ranks = dist.get_world_size(group)
+        if ranks == 1:
+            return name, moved[: shard.numel].view(shape), None
+        out = moved.new_empty(ranks * share)
+        work = dist.all_gather_into_tensor(out, moved, group=group, async_op=True)
+        return name, out[: shard.numel].view(shape), work
+
+
+def choose_placement(engine: Engine, queries: int) -> tuple[str, str]:
+    """("gathered" or "shard", why), the same on every rank: what costs a step less (collectives).
+
+    Both speeds are measured here, on the engine's own device and links.
+    """
+    ranks = engine.world_size
+    if not engine.sharded or ranks == 1:
+        return "gathered", "every rank holds every weight"
+    numel = sum(engine.shard(name).numel for name in engine.names if engine.trainable(name))
+    element = torch.empty((), dtype=engine.shard(engine.names[0]).local.dtype).element_size()
+    noise, link = _noise_speed(engine), _link_speed(engine)
+    # z is drawn once for both signs of a gathered weight, and once for each sign of a shard.
+    gathered = queries * numel / noise
+    shard = 2 * queries * (numel / ranks / noise + numel * element * (ranks - 1) / ranks / link)
+    speeds = torch.tensor([gathered, shard], dtype=torch.float64)
+    gathered, shard = (engine.sum(speeds) / ranks).tolist()
+    choice = "shard" if shard < gathered else "gathered"
+    return choice, (
+        f"noise {noise / 1e6:.0f} M elements/s, link {link / 1e9:.2f} GB/s, {ranks} ranks: "
+        f"gathered costs {gathered:.3f} s of noise a step, shard {shard:.3f} s of noise and gathers"
+    )
+
+
+def _noise_speed(engine: Engine) -> float:
+    """Elements perturbed per second, both signs."""
+    weight = torch.zeros(_TRIAL, device=engine.device)
+    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
+    return _TRIAL / _seconds(engine, lambda: perturb(weight, 0, plus, minus, "trial", Perturbation(0, 0, 1, 1e-3)))
+
+
+def _link_speed(engine: Engine) -> float:
+    """Bytes received per second in an all-gather."""
+    _, group = engine.share(engine.names[0])
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return float("inf")
+    part = torch.zeros(_TRIAL // ranks, device=engine.device)
+    whole = part.new_empty(len(part) * ranks)
+    received = (ranks - 1) * len(part) * part.element_size()
+    return received / _seconds(engine, lambda: dist.all_gather_into_tensor(whole, part, group=group))
+
+
+def _seconds(engine: Engine, action) -> float:
+    """Least time of three, after one that warms up."""
+
+    def once() -> float:
+        begun = time.perf_counter()
+        action()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    once()
+    return min(once() for _ in range(3))

@@ -1,0 +1,84 @@
+"""The benchmarks on tiny models: what they count is exact, what they time only has to be there."""
+
+import json
+
+import pytest
+import torch
+
+from addax_ds.bench.memory import METHODS, bench_memory
+from addax_ds.bench.noise import bench_noise
+from addax_ds.bench.ranks import on_ranks
+from addax_ds.bench.step import bench_step
+from addax_ds.bench.wire import KINDS, bench_wire
+from addax_ds.config import load_run
+from addax_ds.errors import UserError
+
+
+def test_noise_names_every_operation_and_its_peers(tmp_path, capsys):
+    bench = bench_noise(elements=1 << 16, repeats=2)
+    names = [row["operation"] for row in bench.rows]
+    assert names[:2] == ["x.add_(c)", "x.add_(torch.randn(...), alpha=c)"]
+    assert {"perturb, normal", "perturb, rademacher", "fused update, normal", "fused update, rademacher"} < set(names)
+    assert bench.rows[0]["of x.add_(c)"] == 1
+    assert all(row["M elements/s"] > 0 for row in bench.rows)
+    bench.show()
+    assert "perturb, rademacher" in capsys.readouterr().out
+    bench.write(tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == bench.rows
+
+
+def test_wire_counts_what_the_formula_says_and_lockstep_costs_no_more_than_first_order(tiny):
+    bench = bench_wire(worlds=(2,), model=str(tiny.model))
+    assert [(row["engine"], row["step"]) for row in bench.rows] == [(e, k) for e in ("fsdp", "zero3") for k in KINDS]
+    for row in bench.rows:
+        # Shards are padded, and each step reduces some hundred bytes of losses.
+        assert row["total"] == pytest.approx(row["formula"], rel=0.05)
+        if row["step"] == "lanes in lockstep":
+            assert row["of first-order"] <= 1.01
+        elif row["step"] != "first-order only":
+            assert 1.6 <= row["of first-order"] <= 1.7
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_step_times_every_kind_beside_the_floor(tiny, engine):
+    config = load_run(str(tiny.run_file), ["k0=4", "k1=4"])
+    bench = bench_step(engine, 2, rounds=1, config=config)
+    kinds = {row["step"]: row for row in bench.rows}
+    assert list(kinds) == [
+        "floor",
+        "addax, rademacher",
+        "addax, normal",
+        "one lane after the other, normal",
+        "textbook, normal",
+    ]
+    assert kinds["floor"]["of the floor"] == 1 == kinds["textbook, normal"]["textbook / this"]
+    assert all(row["seconds"] > 0 for row in bench.rows)
+
+
+def test_memory_of_states_is_exact_and_every_peak_is_there(tiny):
+    settings = ["k0=4", "k1=4", "train_samples=60", "eval_samples=1"]
+    bench = bench_memory(2, load_run(str(tiny.run_file), settings))
+    assert len(bench.rows) == 2 * len(METHODS)
+    weights = {row["method"]: row["weights and states of addax's"] for row in bench.rows}
+    # Weights alone; with gradients; with gradients and two moments (and a step count for each weight).
+    assert weights["addax"] == weights["mezo"] == weights["ip-sgd"] == 1
+    assert weights["sgd"] == pytest.approx(2)
+    assert weights["adamw"] == pytest.approx(4, rel=0.01)
+    assert all(row["peak in steps"] >= 0 for row in bench.rows)
+
+
+def fail_on_the_second(world) -> int:
+    if world.rank == 1:
+        raise ValueError("this one is bad")
+    torch.distributed.barrier()
+    return world.size
+
+
+def answer(world, number: int) -> tuple[int, int]:
+    return world.rank, number
+
+
+def test_ranks_answer_and_a_rank_that_fails_ends_them_all():
+    assert on_ranks(answer, 2, number=5) == [(0, 5), (1, 5)]
+    with pytest.raises(UserError, match="rank 1: ValueError: this one is bad"):
+        on_ranks(fail_on_the_second, 2)

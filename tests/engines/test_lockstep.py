@@ -1,0 +1,75 @@
+"""Lanes in lockstep give the bits that the same lanes give one after the other."""
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.engines.setups import batch_for, build_model, loss_for, running
+from tests.world import World
+
+MODELS = ("llama-tied", "llama-untied", "opt", "bert", "gpt2", "qwen3", "mixtral")
+ENGINES = ("fsdp", "zero3", "zero3-evicting")
+
+
+def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str, ...] = (), **hyper) -> list:
+    """Losses, g0 and digest of three steps with two directions; batches of two lengths."""
+    model = build_model(model_name, torch.bfloat16 if "bfloat16" in with_ else torch.float32)
+    if "checkpointing" in with_:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    seen = []
+    with running(engine, model, queries=2, **hyper) as run:
+        raw = getattr(run.optimizer, "optimizer", run.optimizer)
+        if in_turn:
+            raw._begin = lambda jobs: [raw._lanes.run([job]) for job in jobs]
+        if "compile" in with_:
+            for unit in raw.engine.units:
+                if len(unit) == 1 and "layers." in unit[0]:
+                    model.get_submodule(unit[0]).compile(backend="eager")
+        autocast = torch.autocast("cpu", torch.bfloat16) if "autocast" in with_ else contextlib.nullcontext()
+        for step in range(3):
+            zo, fo = batch_for(model_name, 5, 12, step), batch_for(model_name, 3, 6, step + 5)
+            if step == 1:  # micro-batches of their own lengths
+                zo = [batch_for(model_name, 2, tokens, tokens) for tokens in (9, 12, 10, 7)]
+            with autocast:
+                metrics = run.train_step(zo, fo, loss_for(model_name))
+            seen.append((metrics["loss_zo"], metrics["loss_fo"], metrics["g0"], run.digest()))
+    return seen
+
+
+def compare(engine: str, model: str, with_: tuple[str, ...] = ()) -> None:
+    together = three_steps(engine, model, in_turn=False, with_=with_)
+    in_turn = three_steps(engine, model, in_turn=True, with_=with_)
+    assert together == in_turn
+    assert len({digest for *_, digest in together}) == 3
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_lockstep_is_bit_equal_on_every_model(world: World, engine: str, model: str):
+    world.run(compare, engine=engine, model=model)
+
+
+@pytest.mark.parametrize(
+    ("engine", "with_"),
+    [
+        ("fsdp", ("checkpointing",)),
+        ("zero3-evicting", ("checkpointing",)),
+        ("fsdp", ("bfloat16",)),
+        ("zero3", ("bfloat16",)),
+        ("fsdp", ("autocast",)),
+        ("fsdp", ("autocast", "checkpointing")),
+        ("fsdp", ("compile",)),
+        ("zero3-offload", ()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
+)
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_lockstep_is_bit_equal_with_what_a_step_may_come_with(world: World, engine: str, with_: tuple[str, ...]):
+    world.run(compare, engine=engine, model="llama-tied", with_=with_)
+
+
+@pytest.mark.parametrize("world", [4], indirect=True)
+def test_lockstep_is_bit_equal_on_hsdp(world: World):
+    world.run(compare, engine="hsdp", model="opt")
