@@ -28,19 +28,24 @@ CONFIG = RunConfig(
 )
 
 
-def bench_memory(ranks: int = 2, config: RunConfig = CONFIG) -> Bench:
+def bench_memory(
+    ranks: int = 2,
+    config: RunConfig = CONFIG,
+    methods: tuple[str, ...] = METHODS,
+    checkpointing: tuple[bool, ...] = (False, True),
+) -> Bench:
     """MB per rank, of FSDP2 shards in float32, with and without activation checkpointing.
 
     mezo and addax take their zeroth-order batch from the long documents, ip-sgd, sgd and adamw take
     all of their batch from all documents, as methods that know no length threshold do.
     """
     bench = Bench("memory", f"MB per rank, {config.model} on {config.data}, FSDP2, {ranks} ranks")
-    for checkpointing, method in itertools.product((False, True), METHODS):
-        figures = on_ranks(measure, ranks, method=method, checkpointing=checkpointing, config=config)
+    for recompute, method in itertools.product(checkpointing, methods):
+        figures = on_ranks(measure, ranks, method=method, checkpointing=recompute, config=config)
         bench.rows.append(
             {
                 "method": method,
-                "activation checkpointing": "yes" if checkpointing else "no",
+                "activation checkpointing": "yes" if recompute else "no",
                 **{name: max(figure[name] for figure in figures) / 1e6 for name in figures[0]},
             }
         )

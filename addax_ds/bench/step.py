@@ -38,7 +38,7 @@ class Floor(Addax):
 
 
 class OneAfterTheOther(Addax):
-    """The same lanes, each with gathers of its own."""
+    """The same lanes, each with gathers of its own; every rank must have as many micro-batches."""
 
     def _begin(self, jobs: list[Job]) -> None:
         for job in jobs:

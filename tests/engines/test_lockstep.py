@@ -13,7 +13,10 @@ ENGINES = ("fsdp", "zero3", "zero3-evicting")
 
 
 def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str, ...] = (), **hyper) -> list:
-    """Losses, g0 and digest of three steps with two directions; batches of two lengths."""
+    """Losses, g0 and digest of three steps with two directions.
+
+    Every rank has as many guests, so that each of them can have gathers of its own.
+    """
     model = build_model(model_name, torch.bfloat16 if "bfloat16" in with_ else torch.float32)
     if "checkpointing" in with_:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -28,7 +31,7 @@ def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str
                     model.get_submodule(unit[0]).compile(backend="eager")
         autocast = torch.autocast("cpu", torch.bfloat16) if "autocast" in with_ else contextlib.nullcontext()
         for step in range(3):
-            zo, fo = batch_for(model_name, 5, 12, step), batch_for(model_name, 3, 6, step + 5)
+            zo, fo = batch_for(model_name, 7, 12, step), batch_for(model_name, 3, 6, step + 5)
             if step == 1:  # micro-batches of their own lengths
                 zo = [batch_for(model_name, 2, tokens, tokens) for tokens in (9, 12, 10, 7)]
             with autocast:
