@@ -31,14 +31,12 @@ def test_wire_counts_what_the_formula_says_and_lockstep_costs_no_more_than_first
     bench = bench_wire(worlds=(2,), model=str(tiny.model))
     assert [(row["engine"], row["step"]) for row in bench.rows] == [(e, k) for e in ("fsdp", "zero3") for k in KINDS]
     for row in bench.rows:
-        if row["step"] in ("first-order only", "lanes in lockstep"):
-            # Shards are padded, and each step reduces some hundred bytes of losses.
-            assert row["total"] == pytest.approx(row["formula"], rel=0.02)
+        # A tied embedding may be gathered at both ends of a forward; it is a tenth of this model.
+        assert 0.99 * row["formula"] <= row["total"] <= 1.2 * row["formula"]
+        if row["step"] == "lanes in lockstep":
             assert row["of first-order"] <= 1.01
-        else:
-            # A tied embedding is gathered at both ends of a forward.
+        elif row["step"] != "first-order only":
             assert 1.6 <= row["of first-order"] <= 2
-            assert row["total"] >= 0.99 * row["formula"]
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
