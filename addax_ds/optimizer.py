@@ -130,7 +130,8 @@ class Addax(torch.optim.Optimizer):
         if not self.placement:
             self.placement, self.placement_reason = self.config.perturb, "as set"
             if self.config.perturb == "auto":
-                self.placement, self.placement_reason = choose_placement(self.engine, self.config.queries)
+                chosen = choose_placement(self.engine, self.config.queries, self.config.distribution)
+                self.placement, self.placement_reason = chosen
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -314,8 +315,11 @@ class Addax(torch.optim.Optimizer):
         self._place()
         points = [self._point(seed, query, sign) for query in range(self.config.queries) for sign in (1, -1)]
         jobs = [Job(lambda model: _per_sample(loss_fn(model)).double().cpu(), point) for point in points]
-        self._begin(jobs)
-        self._lanes.drive()
+        try:
+            self._begin(jobs)
+            self._lanes.drive()
+        finally:
+            self._lanes.abandon()  # those that a failure has left
         if self.steps == 0:
             engine.check_reached(self._lanes.entered)
         sums = [math.fsum(job.result.tolist()) if job.result.isfinite().all() else math.nan for job in jobs]

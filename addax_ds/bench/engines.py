@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from addax_ds.config import RunConfig
 from addax_ds.engines.base import Engine
 from addax_ds.engines.fsdp import shard
+from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.models import load_model, locate_model
 from addax_ds.training.world import World
@@ -38,6 +39,15 @@ def sharded_engine(world: World, name: str, model_name: str) -> Engine:
     engine = optimizer.engine
     optimizer.detach()
     return engine
+
+
+def check(engine: str, ranks: int, config: RunConfig) -> None:
+    """Raises `UserError` for an unknown engine, and unless every rank gets as many micro-batches."""
+    if engine not in ENGINES:
+        raise UserError(f"engine {engine}: give one of {', '.join(ENGINES)}")
+    for size, micro_batch in ((config.k0, config.zo_micro_batch), (config.k1, config.fo_micro_batch)):
+        if ranks < 1 or size % (micro_batch * ranks):
+            raise UserError(f"{ranks} ranks cannot share {size // micro_batch} micro-batches evenly: give a divisor")
 
 
 def on_engine(kind: type[Addax], engine: Engine, **hyperparameters: Any) -> Addax:

@@ -1,18 +1,18 @@
 """Peak memory per rank of Addax and of what one would use in its place, each in fresh processes."""
 
 import itertools
-import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from addax_ds.bench.engines import MODEL, on_engine, sharded_engine
+from addax_ds.bench.engines import MODEL, check, on_engine, sharded_engine
 from addax_ds.bench.ranks import on_ranks
 from addax_ds.bench.table import Bench
 from addax_ds.config import RunConfig
 from addax_ds.data.partition import partition
+from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss
 from addax_ds.micro_batches import Batch
 from addax_ds.optimizer import Addax
@@ -39,6 +39,9 @@ def bench_memory(
     mezo and addax take their zeroth-order batch from the long documents, ip-sgd, sgd and adamw take
     all of their batch from all documents, as methods that know no length threshold do.
     """
+    check("fsdp", ranks, config)
+    if not torch.cuda.is_available() and sys.platform != "linux":
+        raise UserError("peak memory is read from Linux or from a GPU: run this table on one of them")
     bench = Bench("memory", f"MB per rank, {config.model} on {config.data}, FSDP2, {ranks} ranks")
     for recompute, method in itertools.product(checkpointing, methods):
         figures = on_ranks(measure, ranks, method=method, checkpointing=recompute, config=config)
@@ -107,7 +110,7 @@ def _torch_step(optimizer: torch.optim.Optimizer, model: Any, batches: list[Batc
 def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
+    else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -125,7 +128,5 @@ def _peak() -> int:
 
 def _status(key: str) -> int:
     """Resident memory of this process in bytes, now (VmRSS) or at most since the reset (VmHWM)."""
-    if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

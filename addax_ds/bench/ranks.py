@@ -47,10 +47,10 @@ def on_ranks(case: Callable[..., Any], ranks: int, *, seconds: float = 900.0, **
             theirs.close()
             connections.append(ours)
             processes.append(process)
-        os.environ.clear()
-        os.environ.update(before)
         return _collect(connections, time.monotonic() + seconds)
     finally:
+        os.environ.clear()
+        os.environ.update(before)
         for process in processes:
             process.kill()
             process.join()

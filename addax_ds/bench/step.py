@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from addax_ds.bench.engines import MODEL, on_engine, sharded_engine
+from addax_ds.bench.engines import MODEL, check, on_engine, sharded_engine
 from addax_ds.bench.ranks import on_ranks
 from addax_ds.bench.table import Bench
 from addax_ds.config import RunConfig
@@ -98,6 +98,7 @@ class Textbook:
 
 def bench_step(engine: str = "fsdp", ranks: int = 2, rounds: int = 4, config: RunConfig = CONFIG) -> Bench:
     """Median seconds of a step of each kind; the kinds take turns."""
+    check(engine, ranks, config)
     bench = Bench("step", f"seconds per step, {config.model} on {config.data}, {engine}, {ranks} ranks")
     seconds = on_ranks(time_steps, ranks, seconds=3600.0, engine=engine, rounds=rounds, config=config)[0]
     median = {kind: statistics.median(times) for kind, times in seconds.items()}
@@ -114,7 +115,7 @@ def bench_step(engine: str = "fsdp", ranks: int = 2, rounds: int = 4, config: Ru
 
 
 def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dict[str, list[float]]:
-    """Seconds of each step by kind, without the first round."""
+    """Seconds of a step of each kind, one a round."""
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
     held = sharded_engine(world, engine, config.model)
@@ -127,17 +128,18 @@ def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dic
         "textbook, normal": lambda: Textbook(held, lr=1e-5, alpha=1e-3, eps=1e-3),
     }
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         zo, fo = step_batches(config, prepared, pools, turn, accepted(held.model), held.device)
         for kind, build in kinds.items():
             optimizer = build()
-            torch.distributed.barrier()
-            begun = time.perf_counter()
-            optimizer.train_step(zo, fo, choice_loss)
-            if held.device.type == "cuda":
-                torch.cuda.synchronize()
-            torch.distributed.barrier()
-            if turn:
-                seconds[kind].append(time.perf_counter() - begun)
+            for timed in (False, True):  # the first step also builds what later ones keep
+                torch.distributed.barrier()
+                begun = time.perf_counter()
+                optimizer.train_step(zo, fo, choice_loss)
+                if held.device.type == "cuda":
+                    torch.cuda.synchronize()
+                torch.distributed.barrier()
+                if timed:
+                    seconds[kind].append(time.perf_counter() - begun)
             optimizer.detach()
     return seconds

@@ -22,6 +22,8 @@ def bench(table: str, engine: str, ranks: int, json: Path | None) -> None:
     }
     if table not in tables:
         raise UserError(f"bench {table}: no such table: give one of {', '.join(tables)}")
+    if json is not None and not json.parent.is_dir():
+        raise UserError(f"--json {json}: no folder {json.parent}: make it or choose another")
     result = tables[table]()
     result.show()
     if json is not None:

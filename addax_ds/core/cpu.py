@@ -334,7 +334,7 @@ def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Per
     out = weight.new_empty(len(rows), *weight.shape[1:])
     memory, index = (_stored(weight), _stored(out)), rows.numpy()
     common = (np.float32(point.sign * point.scale), *_stream(name, point), weight.dtype == torch.float32)
-    _split(len(rows), lambda begin, end: _perturb_rows(*memory, index, width, begin, end, *common))
+    _perturb_rows(*memory, index, width, 0, len(rows), *common)  # a batch's rows are few: one thread
     return out
 
 

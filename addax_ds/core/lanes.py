@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from addax_ds.core.kernels import perturb
 from addax_ds.core.moved import Moved, is_made_where_read
@@ -74,6 +74,7 @@ class _Guest:
         self.parked = False
         self.need = ""  # while parked: path of the module whose weights it waits for
         self.visited = 0  # modules entered in this job
+        self.open = 0  # those of them whose forward is not over
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._stopping = False
@@ -93,19 +94,23 @@ class _Guest:
             if self._stopping:
                 raise _Stopped
             module._parameters.update(self.fetch(self.perturbation, path, module, owned))
+            self.open += 1
 
         return hook
 
     def _leave(self, absent: dict[str, Any]) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            # Also after an error in the forward, and then once more for a module that was never entered.
+            self.open = max(self.open - 1, 0)
             module._parameters.update(absent)
-            self.left(output)
+            return self.left(output)
 
         return hook
 
     def begin(self, job: Job, settings: "_HostSettings") -> None:
         """Start a job and run it up to its first weight."""
-        self.job, self.perturbation, self.visited, self._settings = job, job.perturbation, 0, settings
+        self.job, self.perturbation, self._settings = job, job.perturbation, settings
+        self.visited = self.open = 0
         self.resume()
 
     def resume(self) -> None:
@@ -172,12 +177,12 @@ class Lanes:
         self._idle: list[_Guest] = []
         self._running: list[_Guest] = []
         self._jobs: list[Job] = []
-        owners = [path for path, _, _ in owned_weights(skeleton)]
+        owners = {id(module): path for path, module, _ in owned_weights(skeleton)}
         # Modules whose forward gathers other modules, during which their own weights may be freed.
         self._enclosing = {
             path
-            for path in owners
-            if any(other != path and other.startswith(f"{path}." if path else "") for other in owners)
+            for path, module, _ in owned_weights(skeleton)
+            if any(id(inner) in owners for inner in module.modules() if inner is not module)
         }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
         # The copies of the module and direction at hand: {parameter name: (plus, minus)}.
@@ -228,6 +233,9 @@ class Lanes:
         try:
             self.start(jobs)
             self.drive()
+        except BaseException:
+            self.abandon()
+            raise
         finally:
             self._weights = own
 
@@ -272,13 +280,13 @@ class Lanes:
         copied = {}
         for local, name in owned.items():
             weight = fetched[local]
-            if not (point.sign and self._weights.trainable(name)):
-                if path in self._enclosing:
-                    fetched[local] = weight.clone()
-            elif is_made_where_read(module, local, weight):
-                fetched[local] = Moved(weight, name, point)
-            else:
+            moves = point.sign != 0 and self._weights.trainable(name)
+            if is_made_where_read(module, local, weight):
+                fetched[local] = Moved(weight, name, point if moves else Perturbation())
+            elif moves:
                 copied[local] = name
+            elif path in self._enclosing:
+                fetched[local] = weight.clone()
         if copied:
             copies = self._copies_at(point, path, {name: fetched[local] for local, name in copied.items()})
             fetched.update({local: copies[name][point.sign < 0] for local, name in copied.items()})
@@ -289,18 +297,22 @@ class Lanes:
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """(W + scale z, W - scale z) of a module's weights, made for the first guest that asks."""
         if (path, point.query) != self._copies_of:
-            if path in self._enclosing:  # needed while the modules inside use the scratch memory
-                pairs = [
-                    (weight.new_empty(weight.shape), weight.new_empty(weight.shape)) for weight in weights.values()
-                ]
-            else:
-                pairs = self._scratch.pairs(list(weights.values()))
-            for (name, weight), pair in zip(weights.items(), pairs, strict=True):
-                perturb(weight, 0, *pair, name, point)
+            self._copies_of, self._copies = None, {}
+            if any(guest.open for guest in self._running):
+                self._scratch.release()  # a module that calls this one still needs its copies
+            pairs = self._scratch.pairs(list(weights.values()))
+            for (name, weight), (plus, minus) in zip(weights.items(), pairs, strict=True):
+                perturb(weight, 0, plus, minus, name, point)
             self._copies_of, self._copies = (path, point.query), dict(zip(weights, pairs, strict=True))
         return self._copies
 
-    def _left(self, output: Any) -> None:
-        """A module's forward is over: what it returned must outlive the scratch memory."""
-        if any(isinstance(leaf, torch.Tensor) and self._scratch.holds(leaf) for leaf in tree_leaves(output)):
+    def _left(self, output: Any) -> Any:
+        """What a module returned, made to outlive the module's weights."""
+        leaves = tree_leaves(output)
+        if any(
+            isinstance(leaf, torch.Tensor) and self._scratch.holds(leaf) for leaf in leaves if type(leaf) is not Moved
+        ):
             self._scratch.release()
+        if any(isinstance(leaf, Moved) for leaf in leaves):
+            return tree_map(lambda leaf: leaf.whole() if isinstance(leaf, Moved) else leaf, output)
+        return output

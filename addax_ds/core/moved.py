@@ -27,8 +27,9 @@ def is_made_where_read(module: nn.Module, local: str, weight: torch.Tensor) -> b
 class Moved(torch.Tensor):
     """W + sign * scale * z: the rows that are looked up, or a product in chunks of rows.
 
-    Whatever else is done with it gets the whole copy. Exactly the elements of the whole copy, so
-    looked-up rows are bit-equal to it; a product in chunks is the same on every engine.
+    Whatever else is done with it gets the whole copy. Looked-up rows are those of the whole copy
+    bit for bit; a product in chunks is the same on every engine and at theta itself (sign 0). Each
+    guest draws the z of what it reads: both signs of a chunk together would keep two sets of logits.
     """
 
     _of: tuple[torch.Tensor, str, Perturbation]
@@ -53,22 +54,29 @@ class Moved(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
-        args, kwargs = tree_map(lambda x: x._whole() if isinstance(x, cls) else x, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda x: x.whole() if isinstance(x, cls) else x, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def _rows(self, begin: int, end: int) -> torch.Tensor:
         weight, name, point = self._of
+        if not point.sign:
+            return weight[begin:end]
         out = torch.empty_like(weight[begin:end], memory_format=torch.contiguous_format)
         plus, minus = (out, None) if point.sign > 0 else (None, out)
         perturb(weight[begin:end], begin * (weight.numel() // weight.shape[0]), plus, minus, name, point)
         return out
 
-    def _whole(self) -> torch.Tensor:
+    def whole(self) -> torch.Tensor:
+        """The whole copy."""
         return self._rows(0, self._of[0].shape[0])
 
     def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
         weight, name, point = self._of
-        rows, places = ids.unique(return_inverse=True)
+        if not point.sign:
+            return functional.embedding(ids, weight)
+        rows, places = ids.unique(return_inverse=True)  # sorted
+        if len(rows) and (rows[0] < 0 or rows[-1] >= weight.shape[0]):
+            raise IndexError(f"token id {int(rows[-1])} of a batch is not among the {weight.shape[0]} rows of {name}")
         return functional.embedding(places, perturb_rows(weight, rows, name, point))
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -73,8 +73,14 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
 def _words(key: tuple[int, int], query: int, purpose: int, start: int, stop: int, device) -> torch.Tensor:
     """Philox words of the blocks that cover elements [start, stop): int64 [blocks, 4]."""
     size = ELEMENTS_PER_BLOCK[purpose]
-    block = torch.arange(start // size, -(-stop // size), dtype=torch.int64, device=device)
-    return torch.stack(philox((block & MASK32, block >> 32, query, purpose), key), dim=-1)
+    return _words_of(
+        torch.arange(start // size, -(-stop // size), dtype=torch.int64, device=device), key, query, purpose
+    )
+
+
+def _words_of(blocks: torch.Tensor, key: tuple[int, int], query: int, purpose: int) -> torch.Tensor:
+    """Philox words of blocks [...]: int64 [..., 4]."""
+    return torch.stack(philox((blocks & MASK32, blocks >> 32, query, purpose), key), dim=-1)
 
 
 def _polynomial(x: torch.Tensor, coefficients: tuple[float, ...]) -> torch.Tensor:
@@ -114,14 +120,30 @@ def noise(
 ) -> torch.Tensor:
     """Noise of elements [start, stop) of the flattened parameter `name`: float32 [stop - start]."""
     purpose = PURPOSE[distribution]
-    words = _words(key_of(seed, name), query, purpose, start, stop, device)
-    if purpose == NORMAL:
-        z = torch.stack((_box_muller(words[:, 0], words[:, 1]), _box_muller(words[:, 2], words[:, 3])), dim=1)
-    else:
-        bits = (words[:, :, None] >> torch.arange(32, device=device)) & 1
-        z = (1 - 2 * bits).float()
+    z = _values(_words(key_of(seed, name), query, purpose, start, stop, device), purpose)
     offset = start % ELEMENTS_PER_BLOCK[purpose]
     return z.reshape(-1)[offset : offset + stop - start]
+
+
+def noise_of_rows(
+    seed: int, name: str, rows: torch.Tensor, width: int, query: int, distribution: Distribution
+) -> torch.Tensor:
+    """Noise of elements [row * width, (row + 1) * width) for each of `rows` (int64 [n]): float32 [n, width]."""
+    purpose = PURPOSE[distribution]
+    size = ELEMENTS_PER_BLOCK[purpose]
+    first = rows * width
+    # As many blocks for each row as the worst placed one touches.
+    blocks = (first // size)[:, None] + torch.arange((width + 2 * size - 2) // size, device=rows.device)
+    z = _values(_words_of(blocks, key_of(seed, name), query, purpose), purpose).flatten(1)
+    return z.gather(1, (first % size)[:, None] + torch.arange(width, device=rows.device))
+
+
+def _values(words: torch.Tensor, purpose: int) -> torch.Tensor:
+    """Noise of blocks from their words [..., 4]: float32 [..., elements per block]."""
+    if purpose == NORMAL:
+        return torch.cat((_box_muller(words[..., 0], words[..., 1]), _box_muller(words[..., 2], words[..., 3])), dim=-1)
+    bits = (words[..., None] >> torch.arange(32, device=words.device)) & 1
+    return (1 - 2 * bits).float().flatten(-2)
 
 
 def rounding_bits(seed: int, name: str, start: int, stop: int, device="cpu") -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from addax_ds.core.noise import Distribution, noise, rounding_bits
+from addax_ds.core.noise import Distribution, noise, noise_of_rows, rounding_bits
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Per
     """Rows of W + sign * scale * z for a whole parameter W: [n, ...] of its dtype. rows: int64 [n]."""
     width = weight.numel() // weight.shape[0]
     out = weight.new_empty(len(rows), *weight.shape[1:])
-    for place, row in enumerate(rows.tolist()):
-        plus, minus = (out[place], None) if point.sign > 0 else (None, out[place])
-        perturb(weight[row], row * width, plus, minus, name, point)
+    scale = _float32(point.sign * point.scale)
+    for begin in range(0, len(rows), CHUNK // width + 1):
+        part = rows[begin : begin + CHUNK // width + 1]
+        z = noise_of_rows(point.seed, name, part, width, point.query, point.distribution)
+        out[begin : begin + len(part)] = weight[part].float() + (z * scale).view(-1, *weight.shape[1:])
     return out
 
 

@@ -26,6 +26,7 @@ class Scratch:
             sizes[key] = begin + 2 * padded
         for key, size in sizes.items():
             if key not in self._blocks or self._blocks[key].numel() < size:
+                self._blocks.pop(key, None)  # before the larger one is there
                 self._blocks[key] = torch.empty(size, dtype=key[1], device=key[0])
 
         def part(weight: torch.Tensor, begin: int) -> torch.Tensor:

@@ -43,6 +43,11 @@ class Engine(ABC):
         self.names = list(dict.fromkeys(name for owned in self.owners.values() for name in owned.values()))
         self.units = units_of(model)
         """Module paths of each part that is gathered together."""
+        self.gathered_with = {owner: [owner] for owner in self.owners}
+        """Modules that own weights, to all those of their unit."""
+        for unit in self.units:
+            members = self.owners_in(unit)
+            self.gathered_with.update(dict.fromkeys(members, members))
         self.trainable_names: set[str] = set()
 
     def trainable(self, name: str) -> bool:

@@ -7,12 +7,13 @@ since z is named by element.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from addax_ds.core.kernels import perturb
+from addax_ds.core.noise import Distribution
 from addax_ds.core.plain import Perturbation
 from addax_ds.engines.base import Engine
 
@@ -46,7 +47,7 @@ class MovedShards:
     def gather(self, path: str) -> Iterator[None]:
         """See `lanes.Weights`."""
         engine = self._engine
-        owners = next((engine.owners_in(unit) for unit in engine.units if path in engine.owners_in(unit)), [path])
+        owners = engine.gathered_with[path]
         names = dict.fromkeys(name for owner in owners for name in engine.owners[owner].values())
         pending = [self._start(name) for name in names]
         for name, whole, work in pending:
@@ -79,55 +80,58 @@ class MovedShards:
         return name, out[: shard.numel].view(shape), work
 
 
-def choose_placement(engine: Engine, queries: int) -> tuple[str, str]:
+def choose_placement(engine: Engine, queries: int, distribution: Distribution) -> tuple[str, str]:
     """("gathered" or "shard", why), the same on every rank: what costs a step less (collectives).
 
-    Both speeds are measured here, on the engine's own device and links.
+    All three speeds are measured here, on the engine's own devices and links.
     """
-    ranks = engine.world_size
-    if not engine.sharded or ranks == 1:
+    if not engine.sharded:
         return "gathered", "every rank holds every weight"
-    numel = sum(engine.shard(name).numel for name in engine.names if engine.trainable(name))
-    element = torch.empty((), dtype=engine.shard(engine.names[0]).local.dtype).element_size()
-    noise, link = _noise_speed(engine), _link_speed(engine)
+    _, group = engine.share(engine.names[0])
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return "gathered", "a shard is the whole weight"
+    shards = [engine.shard(name) for name in engine.names if engine.trainable(name)]
+    numel, element = sum(shard.numel for shard in shards), shards[0].local.element_size()
+    noise = _noise_speed(engine.device, distribution)
+    noise_on_shards = _noise_speed(shards[0].local.device, distribution)  # with CPU offload, not the device
+    link = _link_speed(engine.device, group)
     # z is drawn once for both signs of a gathered weight, and once for each sign of a shard.
     gathered = queries * numel / noise
-    shard = 2 * queries * (numel / ranks / noise + numel * element * (ranks - 1) / ranks / link)
-    speeds = torch.tensor([gathered, shard], dtype=torch.float64)
-    gathered, shard = (engine.sum(speeds) / ranks).tolist()
+    shard = 2 * queries * (numel / ranks / noise_on_shards + numel * element * (ranks - 1) / ranks / link)
+    costs = torch.tensor([gathered, shard], dtype=torch.float64)
+    gathered, shard = (engine.sum(costs) / engine.world_size).tolist()
     choice = "shard" if shard < gathered else "gathered"
     return choice, (
-        f"noise {noise / 1e6:.0f} M elements/s, link {link / 1e9:.2f} GB/s, {ranks} ranks: "
+        f"noise {noise / 1e6:.0f} M elements/s, link {link / 1e9:.2f} GB/s, {ranks} shards: "
         f"gathered costs {gathered:.3f} s of noise a step, shard {shard:.3f} s of noise and gathers"
     )
 
 
-def _noise_speed(engine: Engine) -> float:
+def _noise_speed(device: torch.device, distribution: Distribution) -> float:
     """Elements perturbed per second, both signs."""
-    weight = torch.zeros(_TRIAL, device=engine.device)
+    weight = torch.zeros(_TRIAL, device=device)
     plus, minus = torch.empty_like(weight), torch.empty_like(weight)
-    return _TRIAL / _seconds(engine, lambda: perturb(weight, 0, plus, minus, "trial", Perturbation(0, 0, 1, 1e-3)))
+    point = Perturbation(0, 0, 1, 1e-3, distribution)
+    return _TRIAL / _seconds(device, lambda: perturb(weight, 0, plus, minus, "trial", point))
 
 
-def _link_speed(engine: Engine) -> float:
+def _link_speed(device: torch.device, group: dist.ProcessGroup | None) -> float:
     """Bytes received per second in an all-gather."""
-    _, group = engine.share(engine.names[0])
     ranks = dist.get_world_size(group)
-    if ranks == 1:
-        return float("inf")
-    part = torch.zeros(_TRIAL // ranks, device=engine.device)
+    part = torch.zeros(_TRIAL // ranks, device=device)
     whole = part.new_empty(len(part) * ranks)
     received = (ranks - 1) * len(part) * part.element_size()
-    return received / _seconds(engine, lambda: dist.all_gather_into_tensor(whole, part, group=group))
+    return received / _seconds(device, lambda: dist.all_gather_into_tensor(whole, part, group=group))
 
 
-def _seconds(engine: Engine, action) -> float:
+def _seconds(device: torch.device, action: Callable[[], object]) -> float:
     """Least time of three, after one that warms up."""
 
     def once() -> float:
         begun = time.perf_counter()
         action()
-        if engine.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begun
 

@@ -38,13 +38,6 @@ class Zero3(Engine):
             path: [self._parameters[name] for name in dict.fromkeys(owned.values())]
             for path, owned in self.owners.items()
         }
-        self._unit_of: dict[str, list[Any]] = {}
-        for paths in self.units:
-            members = self.owners_in(paths)
-            unit = list({id(p): p for owner in members for p in self._owned[owner]}.values())
-            self._unit_of.update(dict.fromkeys(members, unit))
-        for owner in self.owners:
-            self._unit_of.setdefault(owner, self._owned[owner])
         self._handles: list = []
 
     @property
@@ -59,7 +52,8 @@ class Zero3(Engine):
 
     @contextlib.contextmanager
     def gather(self, path: str):
-        with deepspeed.zero.GatheredParameters(self._unit_of[path]):
+        unit = {id(p): p for owner in self.gathered_with[path] for p in self._owned[owner]}
+        with deepspeed.zero.GatheredParameters(list(unit.values())):
             yield
 
     def shard(self, name: str) -> Shard:

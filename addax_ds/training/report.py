@@ -135,7 +135,7 @@ def _draw_loss(axes: Axes, run: _Run) -> None:
     title = "Training loss" if window == 1 else f"Training loss (lines: mean over {window} steps)"
     _note_if_empty(axes, "no finite loss")
     _mark_skipped(axes, run)
-    _finish_steps(axes, run, title, "loss (nats per label token)")
+    _finish_steps(axes, run, title, "loss (nats)")
 
 
 def _draw_projected_gradient(axes: Axes, run: _Run) -> None:

@@ -5,32 +5,37 @@ import json
 import pytest
 import torch
 
+from addax_ds.bench.engines import on_engine
 from addax_ds.bench.memory import bench_memory
 from addax_ds.bench.noise import bench_noise
 from addax_ds.bench.ranks import on_ranks
-from addax_ds.bench.step import bench_step
+from addax_ds.bench.step import Floor, bench_step
 from addax_ds.bench.wire import KINDS, bench_wire
-from addax_ds.config import load_run
+from addax_ds.cli.bench import bench
+from addax_ds.config import RunConfig, load_run
+from addax_ds.engines.choose import choose_engine
 from addax_ds.errors import UserError
+from addax_ds.optimizer import Addax
+from addax_ds.training.models import load_model
 
 
 def test_noise_names_every_operation_and_its_peers(tmp_path, capsys):
-    bench = bench_noise(elements=1 << 16, repeats=2)
-    names = [row["operation"] for row in bench.rows]
+    result = bench_noise(elements=1 << 16, repeats=2)
+    names = [row["operation"] for row in result.rows]
     assert names[:2] == ["x.add_(c)", "x.add_(torch.randn(...), alpha=c)"]
     assert {"perturb, normal", "perturb, rademacher", "fused update, normal", "fused update, rademacher"} < set(names)
-    assert bench.rows[0]["of x.add_(c)"] == 1
-    assert all(row["M elements/s"] > 0 for row in bench.rows)
-    bench.show()
+    assert result.rows[0]["of x.add_(c)"] == 1
+    assert all(row["M elements/s"] > 0 for row in result.rows)
+    result.show()
     assert "rademacher" in capsys.readouterr().out
-    bench.write(tmp_path / "bench.json")
-    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == bench.rows
+    result.write(tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == result.rows
 
 
 def test_wire_counts_what_the_formula_says_and_lockstep_costs_no_more_than_first_order(tiny):
-    bench = bench_wire(worlds=(2,), model=str(tiny.model))
-    assert [(row["engine"], row["step"]) for row in bench.rows] == [(e, k) for e in ("fsdp", "zero3") for k in KINDS]
-    for row in bench.rows:
+    result = bench_wire(worlds=(2,), model=str(tiny.model))
+    assert [(row["engine"], row["step"]) for row in result.rows] == [(e, k) for e in ("fsdp", "zero3") for k in KINDS]
+    for row in result.rows:
         # A tied embedding may be gathered at both ends of a forward; it is a tenth of this model.
         assert 0.99 * row["formula"] <= row["total"] <= 1.2 * row["formula"]
         if row["step"] == "lanes in lockstep":
@@ -42,8 +47,8 @@ def test_wire_counts_what_the_formula_says_and_lockstep_costs_no_more_than_first
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_step_times_every_kind_beside_the_floor(tiny, engine):
     config = load_run(str(tiny.run_file), ["k0=4", "k1=4"])
-    bench = bench_step(engine, 2, rounds=1, config=config)
-    kinds = {row["step"]: row for row in bench.rows}
+    result = bench_step(engine, 2, rounds=1, config=config)
+    kinds = {row["step"]: row for row in result.rows}
     assert list(kinds) == [
         "floor",
         "addax, rademacher",
@@ -52,17 +57,42 @@ def test_step_times_every_kind_beside_the_floor(tiny, engine):
         "textbook, normal",
     ]
     assert kinds["floor"]["of the floor"] == 1 == kinds["textbook, normal"]["textbook / this"]
-    assert all(row["seconds"] > 0 for row in bench.rows)
 
 
 def test_memory_of_states_is_exact_and_every_peak_is_there(tiny):
     settings = ["k0=4", "k1=4", "train_samples=60", "eval_samples=1"]
-    bench = bench_memory(2, load_run(str(tiny.run_file), settings), ("mezo", "addax", "adamw"), (True,))
-    weights = {row["method"]: row["weights and states of addax's"] for row in bench.rows}
+    result = bench_memory(2, load_run(str(tiny.run_file), settings), ("mezo", "addax", "adamw"), (True,))
+    weights = {row["method"]: row["weights and states of addax's"] for row in result.rows}
     # Weights alone; with gradients and two moments (and a step count for each weight).
     assert weights["addax"] == weights["mezo"] == 1
     assert weights["adamw"] == pytest.approx(4, rel=0.01)
-    assert all(row["peak in steps"] >= 0 for row in bench.rows)
+
+
+@pytest.mark.parametrize("kind", [Floor, Addax])
+def test_the_floor_neither_perturbs_nor_updates(tiny, kind):
+    model = load_model(str(tiny.model), RunConfig())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = on_engine(kind, choose_engine(model), lr=0.1)
+    ids = torch.randint(0, 50, (2, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    metrics = optimizer.train_step(batch, batch)
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    if kind is Floor:
+        assert metrics["g0"] == [0.0] and not moved
+    else:
+        assert metrics["g0"] != [0.0] and len(moved) == len(before)
+
+
+def test_what_cannot_be_measured_is_refused_before_it_starts(tmp_path):
+    for call, words in (
+        (lambda: bench_step("zero-3"), "engine zero-3: give one of fsdp, zero3"),
+        (lambda: bench_step("fsdp", ranks=4), "4 ranks cannot share 2 micro-batches evenly"),
+        (lambda: bench_memory(ranks=0), "0 ranks cannot share"),
+        (lambda: bench("speed", "fsdp", 2, None), "bench speed: no such table: give one of noise, wire, step, memory"),
+        (lambda: bench("noise", "fsdp", 2, tmp_path / "nowhere" / "x.json"), "no folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
 
 
 def fail_on_the_second(world) -> int:

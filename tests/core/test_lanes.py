@@ -1,6 +1,7 @@
 """Guests: forwards on threads of their own that share what is gathered and leave nothing behind."""
 
 import contextlib
+import copy
 import threading
 import weakref
 
@@ -208,6 +209,71 @@ def test_a_weight_that_a_module_returns_outlives_the_copies_of_the_next():
     lanes.close()
 
 
+class Head(nn.Module):
+    """Owns a weight that it needs after a module that stands elsewhere in the model."""
+
+    def __init__(self, other: nn.Module, hidden: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+        self.other = [other] if hidden else nn.ModuleList([other])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.scale
+        return self.other[0](x) * scale
+
+
+class Shared(nn.Module):
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.head = Head(self.first, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_copies_of_a_module_outlive_a_module_that_it_calls(hidden):
+    torch.manual_seed(1)
+    model = Shared(hidden)
+
+    class Whole(OneUnitAtATime):
+        def unit(self, path: str) -> str:
+            return ""
+
+    lanes = Lanes(model, strip(model), Whole(model))
+    jobs = [Job(lambda m: m(X), point) for point in points(queries=2)]
+    lanes.run(jobs)
+    for job in jobs:
+        # functional_call does not give a module that is registered twice its own weights back.
+        expected = moved(copy.deepcopy(model), job.perturbation)
+        torch.testing.assert_close(job.result, expected, rtol=1e-6, atol=1e-6)
+    lanes.close()
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_a_token_that_the_embedding_does_not_have_is_an_error(bad):
+    model = Language(tied=True)
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model))
+    with pytest.raises(IndexError, match=r"not among the 50 rows of embed\.weight"):
+        lanes.run([Job(lambda m: m(torch.tensor([[3, bad]])), points()[0])])
+    assert lanes._running == []
+    lanes.close()
+
+
+def test_a_gather_that_fails_leaves_no_guest_behind(model, lanes, weights):
+    def fail(path: str):
+        raise ConnectionError(path)
+
+    weights.gather, gather = fail, weights.gather
+    with pytest.raises(ConnectionError):
+        lanes.run([Job(lambda m: m(X), point) for point in points()])
+    weights.gather = gather
+    jobs = [Job(lambda m: m(X), point) for point in points()]
+    lanes.run(jobs)
+    assert all(job.result is not None for job in jobs)
+
+
 class Language(nn.Module):
     """Embedding and head, by turns tied."""
 
@@ -276,6 +342,25 @@ def test_a_large_weight_gives_its_whole_copy_to_any_other_use():
     torch.testing.assert_close(moved.T.contiguous(), whole.T)
     torch.testing.assert_close(torch.embedding(moved, torch.tensor([2])), whole[[2]])
     assert type(moved * 2) is torch.Tensor
+    with torch.no_grad():
+        itself = Moved(weight, "w", Perturbation())
+        assert torch.equal(itself + 0, weight)
+        assert torch.equal(nn.functional.embedding(torch.tensor([2]), itself), weight[[2]])
+
+
+def test_a_large_weight_that_a_module_returns_is_returned_whole():
+    class Bare(nn.Embedding):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"weight": self.weight}
+
+    model = nn.ModuleDict({"bare": Bare(5, 6)})
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model))
+    job = Job(lambda m: m["bare"](X)["weight"], points()[0])
+    lanes.run([job])
+    assert type(job.result) is torch.Tensor
+    expected = model["bare"].weight + EPS * noise(3, "bare.weight", 0, 30).view(5, 6)
+    torch.testing.assert_close(job.result, expected.detach())
+    lanes.close()
 
 
 def test_the_same_guests_run_beside_a_host(model, lanes, weights):
