@@ -71,6 +71,13 @@ class OneUnitAtATime:
         self.gathered = None
 
 
+class Whole(OneUnitAtATime):
+    """The whole model is one unit."""
+
+    def unit(self, path: str) -> str:
+        return ""
+
+
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
@@ -196,10 +203,6 @@ def test_a_weight_that_a_module_returns_outlives_the_copies_of_the_next():
     torch.manual_seed(1)
     model = Returned()
 
-    class Whole(OneUnitAtATime):
-        def unit(self, path: str) -> str:
-            return ""
-
     lanes = Lanes(model, strip(model), Whole(model))
     jobs = [Job(lambda m: m(X), point) for point in points(queries=2)]
     lanes.start(jobs)
@@ -236,10 +239,6 @@ class Shared(nn.Module):
 def test_the_copies_of_a_module_outlive_a_module_that_it_calls(hidden):
     torch.manual_seed(1)
     model = Shared(hidden)
-
-    class Whole(OneUnitAtATime):
-        def unit(self, path: str) -> str:
-            return ""
 
     lanes = Lanes(model, strip(model), Whole(model))
     jobs = [Job(lambda m: m(X), point) for point in points(queries=2)]

@@ -113,7 +113,7 @@ def test_a_rank_that_is_killed_takes_the_run_down_within_a_minute(tiny, tmp_path
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 def test_a_fault_that_every_rank_meets_is_told_once(tiny, tmp_path, launcher):
     with Launched(launcher, 2, tiny.run_file, "data=nowhere.jsonl", cwd=tmp_path) as launched:
         assert launched.wait(SECONDS) != 0
