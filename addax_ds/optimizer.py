@@ -22,7 +22,7 @@ from addax_ds.core.lanes import Job, Lanes
 from addax_ds.core.noise import step_seed
 from addax_ds.core.plain import Perturbation, Step
 from addax_ds.core.scalars import Scalars, projected_gradients
-from addax_ds.engines.base import Engine
+from addax_ds.engines.base import Engine, ShardedEngine
 from addax_ds.engines.choose import choose_engine, register_with_deepspeed
 from addax_ds.engines.placement import MovedShards, choose_placement
 from addax_ds.errors import UserError
@@ -104,7 +104,7 @@ class Addax(torch.optim.Optimizer):
             if p.dtype not in (torch.float32, torch.bfloat16):
                 raise UserError(f"{name} is {p.dtype}: load the model in float32 or bfloat16")
         self._group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        if self.config.perturb == "shard" and not engine.sharded:
+        if self.config.perturb == "shard" and not isinstance(engine, ShardedEngine):
             raise UserError(
                 "perturb: shard needs sharded weights, and here every rank holds all: set perturb: gathered"
             )
@@ -212,7 +212,7 @@ class Addax(torch.optim.Optimizer):
 
     def _begin(self, jobs: list[Job]) -> None:
         """Start guests: on gathered weights up to the first that is not gathered, on shards to their end."""
-        if self.placement != "shard":
+        if self.placement != "shard" or not isinstance(self.engine, ShardedEngine):
             self._lanes.start(jobs)
             self._lanes.advance()
             return

@@ -25,8 +25,6 @@ class Engine(ABC):
     """Common ground of the engines: names, ranks and the scalar all-reduce."""
 
     name: str
-    sharded = True
-    """Whether a rank holds a part of each weight only."""
 
     def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
         self.model = model
@@ -74,13 +72,6 @@ class Engine(ABC):
     @abstractmethod
     def shard(self, name: str) -> Shard:
         """This rank's range of a parameter, as memory that can be written."""
-
-    @abstractmethod
-    def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
-        """Elements of a parameter that a rank holds, and the ranks that hold it together.
-
-        The last ranks hold fewer where the number of elements is no multiple. None is all ranks.
-        """
 
     def shape(self, name: str) -> torch.Size:
         """Shape of the whole parameter."""
@@ -141,3 +132,14 @@ class Engine(ABC):
                 raise UserError(
                     f"{unit[0]} is never reached by the forward: freeze it (requires_grad_(False)) or remove it"
                 )
+
+
+class ShardedEngine(Engine):
+    """An engine of whose weights each rank holds a part."""
+
+    @abstractmethod
+    def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
+        """Elements of a parameter that a rank holds, and the ranks that hold it together.
+
+        The last ranks hold fewer where the number of elements is no multiple. None is all ranks.
+        """

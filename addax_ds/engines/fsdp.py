@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from addax_ds.core.shard import Shard
 from addax_ds.core.skeleton import strip
-from addax_ds.engines.base import Engine, OnGradient
+from addax_ds.engines.base import OnGradient, ShardedEngine
 from addax_ds.engines.units import units_of
 from addax_ds.errors import UserError
 
@@ -68,7 +68,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return model.__dict__[_SKELETON]
 
 
-class FSDP(Engine):
+class FSDP(ShardedEngine):
     """A model wrapped by `addax_ds.shard`."""
 
     name = "fsdp"

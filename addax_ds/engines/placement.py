@@ -15,7 +15,7 @@ import torch.distributed as dist
 from addax_ds.core.kernels import perturb
 from addax_ds.core.noise import Distribution
 from addax_ds.core.plain import Perturbation
-from addax_ds.engines.base import Engine
+from addax_ds.engines.base import Engine, ShardedEngine
 
 _TRIAL = 1 << 22  # elements that are perturbed and gathered to measure both speeds
 
@@ -26,7 +26,7 @@ class MovedShards:
     The shards themselves are only read. Implements `lanes.Weights`.
     """
 
-    def __init__(self, engine: Engine, point: Perturbation) -> None:
+    def __init__(self, engine: ShardedEngine, point: Perturbation) -> None:
         self._engine = engine
         self._point = point
         self._held: dict[str, torch.Tensor] = {}
@@ -85,7 +85,7 @@ def choose_placement(engine: Engine, queries: int, distribution: Distribution) -
 
     All three speeds are measured here, on the engine's own devices and links.
     """
-    if not engine.sharded:
+    if not isinstance(engine, ShardedEngine):
         return "gathered", "every rank holds every weight"
     _, group = engine.share(engine.names[0])
     ranks = dist.get_world_size(group)

@@ -19,7 +19,6 @@ class Replicated(Engine):
     """Whole weights on every rank; each gradient is all-reduced in its hook."""
 
     name = "replicated"
-    sharded = False
 
     def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
         super().__init__(model, skeleton)
@@ -48,9 +47,6 @@ class Replicated(Engine):
     def shard(self, name: str) -> Shard:
         flat = self._parameters[name].data.view(-1)
         return Shard(name, flat.numel(), 0, flat)
-
-    def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
-        raise NotImplementedError("every rank holds every weight")
 
     def whole(self, name: str) -> torch.Tensor:
         return self._parameters[name].detach().clone()

@@ -16,10 +16,10 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from addax_ds.core.shard import Shard
-from addax_ds.engines.base import Engine, OnGradient
+from addax_ds.engines.base import OnGradient, ShardedEngine
 
 
-class Zero3(Engine):
+class Zero3(ShardedEngine):
     """A model whose parameters DeepSpeed has partitioned."""
 
     name = "zero3"
