@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from addax_ds.config import RunConfig
 from addax_ds.engines.base import Engine
+from addax_ds.engines.cpu_op import build_cpu_op
 from addax_ds.engines.fsdp import shard
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
@@ -34,6 +36,9 @@ def sharded_engine(world: World, name: str, model_name: str) -> Engine:
 
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": ZERO3, "optimizer": {"type": "Addax"}}
         deepspeed.utils.logger.setLevel("WARNING")
+        if world.local_rank == 0:
+            build_cpu_op()
+        dist.barrier()
         _, wrapped, _, _ = deepspeed.initialize(model=model, config=config)
         optimizer = wrapped.optimizer
     engine = optimizer.engine

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics.functional.text import squad
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config import RunConfig
@@ -82,6 +81,9 @@ def _choice_score(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def _completion_score(tokens: torch.Tensor, chunk: list[Example], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """float64 [examples, 2]: exact match and F1 of each greedy answer (the SQuAD measures)."""
+    # Imported here: its import takes seconds, and most runs score label words.
+    from torchmetrics.functional.text import squad
+
     scores = []
     for example, row in zip(chunk, tokens.tolist(), strict=True):
         if tokenizer.eos_token_id in row:

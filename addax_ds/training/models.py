@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from addax_ds.config import AddaxConfig, RunConfig
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
+from addax_ds.engines.cpu_op import build_cpu_op
 from addax_ds.engines.fsdp import shard
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
@@ -134,6 +135,9 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimi
             raise UserError("engine: deepspeed needs DeepSpeed: pip install 'addax-ds[deepspeed]'") from None
         deepspeed.utils.logger.setLevel(logging.WARNING)
         ds_config = read_ds_config(config)
+        if world.local_rank == 0:
+            build_cpu_op()
+        dist.barrier()
         # Its faults come as assertions and validation errors, told from a crash only here.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         try:
