@@ -9,4 +9,5 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+# Groups of tests on two processes: they wait for their ranks most of the time.
+pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder "$@"

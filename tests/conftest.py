@@ -18,10 +18,20 @@ def world(request):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Tests without a world first, then by size of the world, else in the order they were written."""
+    """In an order that starts each world once and has two workers end together.
+
+    Tests with a world are grouped by its size and by file, all others by file: a group stays on one
+    worker. Tests of launchers and benchmarks, which mostly wait for processes, come first.
+    """
 
     def size(item) -> int:
         callspec = getattr(item, "callspec", None)
         return callspec.params.get("world", 0) if callspec else 0
 
-    items.sort(key=size)
+    def place(item) -> int:
+        folder = item.path.parent.name
+        return -1 if folder in ("launch", "bench") else size(item) or 5
+
+    items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{size(item)} {item.path.name}"))
