@@ -9,7 +9,7 @@ from addax_ds.core.noise import Distribution
 from addax_ds.core.plain import Perturbation, Step
 
 # Device type to the module with its kernels; every other device runs the plain torch operations.
-BACKENDS = {"cpu": "addax_ds.core.cpu"}
+BACKENDS = {"cpu": "addax_ds.core.cpu", "cuda": "addax_ds.core.gpu"}
 
 
 @cache
