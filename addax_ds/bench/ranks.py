@@ -5,22 +5,26 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
+from addax_ds.bench.link import Host
 from addax_ds.errors import UserError
 
 _GRACE = 3.0  # seconds that the other ranks have to say what became of them
 
 
-def on_ranks(case: Callable[..., Any], ranks: int, *, seconds: float = 900.0, **arguments: Any) -> list[Any]:
+def on_ranks(
+    case: Callable[..., Any], ranks: int, *, seconds: float = 900.0, hosts: Sequence[Host] = (), **arguments: Any
+) -> list[Any]:
     """case(world, **arguments) on every rank; what each returned, by rank.
 
     case: a function of a module, with picklable arguments and result. On GPUs there is one rank for
-    each; CPU ranks share the threads. Raises `UserError` where a rank fails or time runs out, once
+    each; CPU ranks share the threads. hosts: where each rank runs, if not on this machine's own
+    network. Raises `UserError` where a rank fails or time runs out, once
     every process has ended.
     """
     gpus = torch.cuda.device_count()
@@ -29,7 +33,8 @@ def on_ranks(case: Callable[..., Any], ranks: int, *, seconds: float = 900.0, **
             f"{ranks} ranks need as many GPUs, here are {gpus}: hide them (CUDA_VISIBLE_DEVICES=) to use CPUs"
         )
     threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
-    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    address = hosts[0].address if hosts else "127.0.0.1"
+    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(_free_port())}
     environment["OMP_NUM_THREADS"] = str(threads)
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -42,7 +47,10 @@ def on_ranks(case: Callable[..., Any], ranks: int, *, seconds: float = 900.0, **
             ours, theirs = context.Pipe()
             # Set here as well, since some libraries read it as soon as they are imported.
             os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-            process = context.Process(target=_serve, args=(theirs, threads, case, arguments), daemon=True)
+            host = hosts[rank] if hosts else None
+            if host is not None:
+                os.environ["GLOO_SOCKET_IFNAME"] = host.interface
+            process = context.Process(target=_serve, args=(theirs, threads, host, case, arguments), daemon=True)
             process.start()
             theirs.close()
             connections.append(ours)
@@ -78,7 +86,11 @@ def _collect(connections: list[Connection], deadline: float) -> list[Any]:
     return [answers[rank] for rank in range(len(connections))]
 
 
-def _serve(connection: Connection, threads: int, case: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def _serve(
+    connection: Connection, threads: int, host: Host | None, case: Callable[..., Any], arguments: dict[str, Any]
+) -> None:
+    if host is not None:
+        host.enter()
     torch.set_num_threads(threads)
     from addax_ds.training.world import joined
 

@@ -1,5 +1,6 @@
 """Seconds per step, beside the floor of the same forwards and backward and beside the textbook's step."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from addax_ds.bench.engines import MODEL, check, on_engine, sharded_engine
+from addax_ds.bench.link import linked
 from addax_ds.bench.ranks import on_ranks
 from addax_ds.bench.table import Bench
 from addax_ds.config import RunConfig
@@ -16,6 +18,7 @@ from addax_ds.core.plain import Perturbation
 from addax_ds.core.scalars import projected_gradients
 from addax_ds.data.partition import partition
 from addax_ds.engines.base import Engine
+from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss
 from addax_ds.micro_batches import Batch
 from addax_ds.optimizer import Addax
@@ -96,11 +99,21 @@ class Textbook:
         self.engine.detach()
 
 
-def bench_step(engine: str = "fsdp", ranks: int = 2, rounds: int = 4, config: RunConfig = CONFIG) -> Bench:
-    """Median seconds of a step of each kind; the kinds take turns."""
+def bench_step(
+    engine: str = "fsdp", ranks: int = 2, rounds: int = 4, config: RunConfig = CONFIG, gigabits: float | None = None
+) -> Bench:
+    """Median seconds of a step of each kind; the kinds take turns.
+
+    gigabits: speed per second of the link between two ranks; None is this machine's own.
+    """
     check(engine, ranks, config)
-    bench = Bench("step", f"seconds per step, {config.model} on {config.data}, {engine}, {ranks} ranks")
-    seconds = on_ranks(time_steps, ranks, seconds=3600.0, engine=engine, rounds=rounds, config=config)[0]
+    if gigabits is not None and ranks != 2:
+        raise UserError(f"a slowed link joins 2 ranks, not {ranks}: set --ranks 2")
+    link = "" if gigabits is None else f", joined at {gigabits:g} Gbit/s"
+    bench = Bench("step", f"seconds per step, {config.model} on {config.data}, {engine}, {ranks} ranks{link}")
+    with contextlib.nullcontext(()) if gigabits is None else linked(gigabits) as hosts:
+        arguments = {"engine": engine, "rounds": rounds, "config": config}
+        seconds = on_ranks(time_steps, ranks, seconds=3600.0, hosts=hosts, **arguments)[0]
     median = {kind: statistics.median(times) for kind, times in seconds.items()}
     for kind, value in median.items():
         bench.rows.append(

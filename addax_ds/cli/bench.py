@@ -7,7 +7,7 @@ from addax_ds.bench.table import Bench
 from addax_ds.errors import UserError
 
 
-def bench(table: str, engine: str, ranks: int, json: Path | None) -> None:
+def bench(table: str, engine: str, ranks: int, link: float | None, json: Path | None) -> None:
     """Measure one table, print it and write it as JSON where a path is given."""
     from addax_ds.bench.memory import bench_memory
     from addax_ds.bench.noise import bench_noise
@@ -17,11 +17,13 @@ def bench(table: str, engine: str, ranks: int, json: Path | None) -> None:
     tables: dict[str, Callable[[], Bench]] = {
         "noise": bench_noise,
         "wire": bench_wire,
-        "step": lambda: bench_step(engine, ranks),
+        "step": lambda: bench_step(engine, ranks, gigabits=link),
         "memory": lambda: bench_memory(ranks),
     }
     if table not in tables:
         raise UserError(f"bench {table}: no such table: give one of {', '.join(tables)}")
+    if link is not None and (table != "step" or link <= 0):
+        raise UserError(f"--link {link:g}: give the speed in Gbit/s, above 0, for step")
     if json is not None and not json.parent.is_dir():
         raise UserError(f"--json {json}: no folder {json.parent}: make it or choose another")
     result = tables[table]()

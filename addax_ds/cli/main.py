@@ -87,12 +87,13 @@ def bench(
     table: Annotated[str, typer.Argument(help="noise, wire, step or memory.")],
     engine: Annotated[str, typer.Option(help="fsdp or zero3, for step.")] = "fsdp",
     ranks: Annotated[int, typer.Option(help="Ranks of step and memory.")] = 2,
+    link: Annotated[float | None, typer.Option(help="Gbit/s between 2 ranks, for step.")] = None,
     json: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Measure noise, traffic or steps on this machine, each figure beside its peer's in the same run."""
     from addax_ds.cli.bench import bench as run
 
-    run(table, engine, ranks, json)
+    run(table, engine, ranks, link, json)
 
 
 @app.command()

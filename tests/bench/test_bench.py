@@ -89,9 +89,14 @@ def test_what_cannot_be_measured_is_refused_before_it_starts(tmp_path):
     for call, words in (
         (lambda: bench_step("zero-3"), "engine zero-3: give one of fsdp, zero3"),
         (lambda: bench_step("fsdp", ranks=4), "4 ranks cannot share 2 micro-batches evenly"),
+        (lambda: bench_step("fsdp", ranks=1, gigabits=1), "a slowed link joins 2 ranks, not 1"),
+        (lambda: bench("wire", "fsdp", 2, 1, None), "--link 1: give the speed in Gbit/s, above 0, for step"),
         (lambda: bench_memory(ranks=0), "0 ranks cannot share"),
-        (lambda: bench("speed", "fsdp", 2, None), "bench speed: no such table: give one of noise, wire, step, memory"),
-        (lambda: bench("noise", "fsdp", 2, tmp_path / "nowhere" / "x.json"), "no folder"),
+        (
+            lambda: bench("speed", "fsdp", 2, None, None),
+            "bench speed: no such table: give one of noise, wire, step, memory",
+        ),
+        (lambda: bench("noise", "fsdp", 2, None, tmp_path / "nowhere" / "x.json"), "no folder"),
     ):
         with pytest.raises(UserError, match=words):
             call()
