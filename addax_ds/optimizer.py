@@ -18,7 +18,7 @@ from addax_ds.config import AddaxConfig, build
 from addax_ds.core import kernels
 from addax_ds.core.checkpointing import refuse_reentrant
 from addax_ds.core.dropout import dropout
-from addax_ds.core.lanes import Job, Lanes
+from addax_ds.core.lanes import Job, Lanes, raise_first
 from addax_ds.core.noise import step_seed
 from addax_ds.core.plain import Perturbation, Step
 from addax_ds.core.scalars import Scalars, projected_gradients
@@ -174,12 +174,15 @@ class Addax(torch.optim.Optimizer):
                 loss = self._first_order_forwards(fo, seed, loss_fn, scalars)
                 self._lanes.drive()
                 for (query, sign, index), job in guests:
-                    if index is not None:
+                    if job.error is not None:
+                        scalars.put_fault(engine.rank)
+                    elif index is not None:
                         scalars.put_zo(query, sign, index, job.result)
+                scalars.vector = engine.sum(scalars.vector)
+                _raise_faults(scalars.faults(), [job for _, job in guests])
+                scalars.check_fingerprints()
                 if self.steps == 0:
                     engine.check_reached(self._lanes.entered | self._host_entered)
-                scalars.vector = engine.sum(scalars.vector)
-                scalars.check_fingerprints()
                 metrics, self._pending = self._decide(*scalars.zo_means(), scalars.fo_mean(), seed, 1.0 - config.alpha)
                 self.steps += 1
                 if loss is not None and not metrics["skipped"]:
@@ -320,10 +323,19 @@ class Addax(torch.optim.Optimizer):
             self._lanes.drive()
         finally:
             self._lanes.abandon()  # those that a failure has left
+        # Sums of losses, the number of samples, and which ranks have failed.
+        scalars = torch.zeros(len(jobs) + 1 + engine.world_size, dtype=torch.float64)
+        if any(job.error for job in jobs):
+            scalars[len(jobs) + 1 + engine.rank] = 1.0
+        else:
+            losses = [job.result for job in jobs]
+            sums = [math.fsum(loss.tolist()) if loss.isfinite().all() else math.nan for loss in losses]
+            scalars[: len(jobs) + 1] = torch.tensor([*sums, len(losses[0])], dtype=torch.float64)
+        scalars = engine.sum(scalars)
+        _raise_faults(scalars[len(jobs) + 1 :].nonzero().flatten().tolist(), jobs)
         if self.steps == 0:
             engine.check_reached(self._lanes.entered)
-        sums = [math.fsum(job.result.tolist()) if job.result.isfinite().all() else math.nan for job in jobs]
-        *totals, count = engine.sum(torch.tensor([*sums, len(jobs[0].result)], dtype=torch.float64)).tolist()
+        *totals, count = scalars[: len(jobs) + 1].tolist()
         means = [total / count for total in totals]
         metrics, self._pending = self._decide(means[0::2], means[1::2], None, seed, self._own_loop_weight())
         return metrics
@@ -416,6 +428,7 @@ class Addax(torch.optim.Optimizer):
         self.engine.before_step()
         jobs = [Job(run) for run in runs]
         self._lanes.run(jobs)
+        raise_first(jobs)
         return [job.result for job in jobs]
 
     def state_dict(self) -> dict[str, Any]:
@@ -431,6 +444,13 @@ class Addax(torch.optim.Optimizer):
     def _check_idle(self) -> None:
         if self._pending is not None:
             raise RuntimeError("a step is under way: call step() after the backward that follows probe()")
+
+
+def _raise_faults(ranks: list[int], jobs: list[Job]) -> None:
+    """Raise on every rank where a zeroth-order forward of some rank has failed."""
+    raise_first(jobs)
+    if ranks:
+        raise RuntimeError(f"a zeroth-order forward failed on rank {ranks[0]}, which says why: no rank takes this step")
 
 
 def _per_sample(losses: torch.Tensor, batch: Batch | None = None) -> torch.Tensor:

@@ -47,6 +47,14 @@ class Weights(Protocol):
         """Gather the unit of the module at `path` for the length of the context (a collective)."""
         ...
 
+    def prefetch(self, path: str) -> None:
+        """Begin the gather of the unit of the module at `path`, which the next `gather` asks for."""
+        ...
+
+    def drop_prefetched(self) -> None:
+        """End a `prefetch` that no `gather` has asked for."""
+        ...
+
 
 @dataclass
 class Job:
@@ -57,6 +65,13 @@ class Job:
     perturbation: Perturbation = field(default_factory=Perturbation)
     result: Any = None
     error: BaseException | None = None
+
+
+def raise_first(jobs: list[Job]) -> None:
+    """Raise the first error of the jobs, if there is one."""
+    for job in jobs:
+        if job.error is not None:
+            raise job.error
 
 
 class _Stopped(BaseException):
@@ -189,6 +204,7 @@ class Lanes:
         self._copies_of: tuple | None = None
         self._copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scratch = Scratch()
+        self._order: list[str] = []  # what the last drive gathered, module by module
 
     def start(self, jobs: list[Job]) -> None:
         """Begin every job; each runs up to the first weight it needs."""
@@ -220,14 +236,38 @@ class Lanes:
         self._copies_of, self._copies = None, {}
 
     def drive(self) -> None:
-        """Finish the guests by gathering what they ask for, unit by unit (collectives)."""
-        while self._running:
-            behind = min(self._running, key=lambda guest: guest.visited)
-            with self._weights.gather(behind.need):
-                self.advance()
+        """Finish the guests by gathering what they ask for, unit by unit (collectives).
+
+        The gather of the next unit begins before the guests take this one, where the last drive
+        tells which that will be. It also tells what other ranks still gather where all guests of
+        this one have failed; a first drive does not know, and raises at once.
+        """
+        order: list[str] = []
+        try:
+            while self._running:
+                behind = min(self._running, key=lambda guest: guest.visited)
+                order.append(behind.need)
+                with self._weights.gather(behind.need):
+                    place = len(order)
+                    if order == self._order[:place] and place < len(self._order):
+                        self._weights.prefetch(self._order[place])
+                    self.advance()
+            if order and all(job.error for job in self._jobs):
+                if not self._order:
+                    raise_first(self._jobs)
+                for path in self._order[len(order) :]:
+                    with self._weights.gather(path):
+                        pass
+            elif order:
+                self._order = order
+        finally:
+            self._weights.drop_prefetched()
 
     def run(self, jobs: list[Job], weights: Weights | None = None) -> None:
-        """Start guests and drive them to their end, reading `weights` in place of the engine's own."""
+        """Start guests and drive them to their end, reading `weights` in place of the engine's own.
+
+        An error of a guest is left in its job: its rank still takes part in all gathers.
+        """
         own = self._weights
         self._weights = weights or own
         try:
@@ -260,16 +300,12 @@ class Lanes:
         return guest.need, guest.perturbation.query
 
     def _collect(self) -> None:
-        """Retire guests that are done; the first error unwinds all and is raised here."""
+        """Retire guests that are done, or have failed."""
         self._idle += [guest for guest in self._running if not guest.parked]
         self._running = [guest for guest in self._running if guest.parked]
         if not self._running:
             self._copies_of, self._copies = None, {}
             self._scratch.release()
-        for job in self._jobs:
-            if job.error is not None:
-                self.abandon()
-                raise job.error
 
     def _fetch(
         self, point: Perturbation, path: str, module: nn.Module, owned: dict[str, str]

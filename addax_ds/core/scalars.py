@@ -21,7 +21,8 @@ class Scalars:
         self._zo_samples, self.fo_samples = sum(zo_sizes), sum(fo_sizes)
         self._fo_at = 2 * queries * self._zo_samples
         self._fingerprints_at = self._fo_at + self.fo_samples
-        self.vector = torch.zeros(self._fingerprints_at + world_size, dtype=torch.float64)
+        self._faults_at = self._fingerprints_at + world_size
+        self.vector = torch.zeros(self._faults_at + world_size, dtype=torch.float64)
 
     def put_zo(self, query: int, sign: int, index: int, losses: torch.Tensor) -> None:
         """Losses of zeroth-order micro-batch `index` at theta + sign * eps * z_query."""
@@ -37,9 +38,17 @@ class Scalars:
         """A checksum of the batches that this rank was given."""
         self.vector[self._fingerprints_at + rank] = float(fingerprint)
 
+    def put_fault(self, rank: int) -> None:
+        """A forward of this rank has failed."""
+        self.vector[self._faults_at + rank] = 1.0
+
+    def faults(self) -> list[int]:
+        """Ranks of which a forward has failed."""
+        return self.vector[self._faults_at :].nonzero().flatten().tolist()
+
     def check_fingerprints(self) -> None:
         """Raises `UserError` where ranks were given different batches."""
-        fingerprints = self.vector[self._fingerprints_at :].tolist()
+        fingerprints = self.vector[self._fingerprints_at : self._faults_at].tolist()
         if len(set(fingerprints)) > 1:
             other = next(rank for rank, value in enumerate(fingerprints) if value != fingerprints[0])
             raise UserError(f"ranks 0 and {other} were given different batches: pass every rank the same global batch")

@@ -69,6 +69,12 @@ class Engine(ABC):
     def gather(self, path: str) -> contextlib.AbstractContextManager[None]:
         """Gather the unit of the module at `path` for the length of the context (a collective)."""
 
+    def prefetch(self, path: str) -> None:  # noqa: B027 - nothing to begin where every rank holds all
+        """Begin the gather of the unit of the module at `path`, which the next `gather` asks for."""
+
+    def drop_prefetched(self) -> None:  # noqa: B027
+        """End a `prefetch` that no `gather` has asked for."""
+
     @abstractmethod
     def shard(self, name: str) -> Shard:
         """This rank's range of a parameter, as memory that can be written."""

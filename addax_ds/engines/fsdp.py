@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -88,6 +89,7 @@ class FSDP(ShardedEngine):
                 self._first_owner.setdefault(name, (self._modules[path], local))
         self._hooked: dict[str, nn.Parameter] = {}
         self._handles: list = []
+        self._prefetched: Any = None  # the unit whose gather is under way
         parameter = self._registered(self.names[0])
         self._mesh = parameter.device_mesh
         self._device = torch.device(self._mesh.device_type)
@@ -116,10 +118,25 @@ class FSDP(ShardedEngine):
     @contextlib.contextmanager
     def gather(self, path: str):
         unit = self._unit_of[path]
-        unit.unshard()
+        if unit is not self._prefetched:
+            self.drop_prefetched()
+        self._prefetched = None
+        unit.unshard()  # waits for the prefetch, if there was one
         try:
             yield
         finally:
+            unit.reshard()
+
+    def prefetch(self, path: str) -> None:
+        unit = self._unit_of[path]
+        if not self.is_gathered(path):
+            unit.unshard(async_op=True)
+            self._prefetched = unit
+
+    def drop_prefetched(self) -> None:
+        unit, self._prefetched = self._prefetched, None
+        if unit is not None:
+            unit.unshard()
             unit.reshard()
 
     def shard(self, name: str) -> Shard:
@@ -176,7 +193,7 @@ class FSDP(ShardedEngine):
                 self._check(module)
 
     def _check(self, module: FSDPModule) -> None:
-        for group in _parameter_groups(module):
+        for group in _parameter_groups_of(module._get_fsdp_state()):
             if not group.reduce_grads:
                 raise UserError(
                     "set_requires_gradient_sync(False) (accelerate's no_sync) would drop gradients in silence: "
@@ -195,18 +212,27 @@ class FSDP(ShardedEngine):
         if hasattr(self._root, "reset_iter_state"):
             self._root.reset_iter_state()
             return
-        # torch before 2.13 has no such call.
-        state._comm_ctx.post_forward_order.clear()
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-                for group in _parameter_groups(module):
-                    group._post_forward_indices.clear()
+        _reset_iteration(state)
 
 
-def _parameter_groups(module: Any) -> list:
-    state = module._get_fsdp_state()
+def _reset_iteration(root: Any) -> None:
+    """What `reset_iter_state` of torch 2.13 does after a forward that no backward followed."""
+    root._comm_ctx.all_gather_state = None
+    root._comm_ctx.post_forward_order.clear()
+    for state in root._state_ctx.all_states:
+        state._modules_to_run_forward.clear()
+        state._training_state = TrainingState.IDLE
+        for group in _parameter_groups_of(state):
+            group.wait_for_unshard()
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group.reshard()
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False
+
+
+def _parameter_groups_of(state: Any) -> list:
     groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
+    if groups is None:  # torch before 2.13
         groups = [state._fsdp_param_group]
     return [group for group in groups if group is not None]

@@ -20,6 +20,10 @@ from addax_ds.engines.base import Engine, ShardedEngine
 _TRIAL = 1 << 22  # elements that are perturbed and gathered to measure both speeds
 
 
+_Pending = tuple[torch.Tensor, dist.Work | None]
+"""A gather under way: where the whole parameter will be, and what to wait for."""
+
+
 class MovedShards:
     """What guests at one point read: weights gathered from copies of the shards that were moved.
 
@@ -30,6 +34,7 @@ class MovedShards:
         self._engine = engine
         self._point = point
         self._held: dict[str, torch.Tensor] = {}
+        self._prefetched: dict[str, _Pending] = {}
 
     def trainable(self, name: str) -> bool:
         """False: what is gathered here has been moved already."""
@@ -46,20 +51,32 @@ class MovedShards:
     @contextlib.contextmanager
     def gather(self, path: str) -> Iterator[None]:
         """See `lanes.Weights`."""
-        engine = self._engine
-        owners = engine.gathered_with[path]
-        names = dict.fromkeys(name for owner in owners for name in engine.owners[owner].values())
-        pending = [self._start(name) for name in names]
-        for name, whole, work in pending:
+        names = self._names(path)
+        if self._prefetched.keys() != names.keys():
+            self.prefetch(path)
+        for name, (whole, work) in self._prefetched.items():
             if work is not None:
                 work.wait()
             self._held[name] = whole
+        self._prefetched = {}
         try:
             yield
         finally:
             self._held = {}
 
-    def _start(self, name: str) -> tuple[str, torch.Tensor, dist.Work | None]:
+    def prefetch(self, path: str) -> None:
+        """See `lanes.Weights`."""
+        self._prefetched = {name: self._start(name) for name in self._names(path)}
+
+    def drop_prefetched(self) -> None:
+        """See `lanes.Weights`."""
+        self._prefetched = {}
+
+    def _names(self, path: str) -> dict[str, None]:
+        engine = self._engine
+        return dict.fromkeys(name for owner in engine.gathered_with[path] for name in engine.owners[owner].values())
+
+    def _start(self, name: str) -> "_Pending":
         """Begin the gather of a parameter: its whole copy, complete once the work is done."""
         engine = self._engine
         shard, shape = engine.shard(name), engine.shape(name)
@@ -74,10 +91,10 @@ class MovedShards:
         moved = moved.to(engine.device)
         ranks = dist.get_world_size(group)
         if ranks == 1:
-            return name, moved[: shard.numel].view(shape), None
+            return moved[: shard.numel].view(shape), None
         out = moved.new_empty(ranks * share)
         work = dist.all_gather_into_tensor(out, moved, group=group, async_op=True)
-        return name, out[: shard.numel].view(shape), work
+        return out[: shard.numel].view(shape), work
 
 
 def choose_placement(engine: Engine, queries: int, distribution: Distribution) -> tuple[str, str]:

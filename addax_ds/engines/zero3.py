@@ -39,6 +39,10 @@ class Zero3(ShardedEngine):
             for path, owned in self.owners.items()
         }
         self._handles: list = []
+        self._prefetched: str | None = None  # path of a module of the unit whose gather is under way
+        self._pending: Any = None  # what to wait for until it is there
+        # The reduce-scatter under way: what to wait for, the memory it reads, and what comes after it.
+        self._reducing: tuple[Any, torch.Tensor, Callable[[], None]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -52,9 +56,38 @@ class Zero3(ShardedEngine):
 
     @contextlib.contextmanager
     def gather(self, path: str):
-        unit = {id(p): p for owner in self.gathered_with[path] for p in self._owned[owner]}
-        with deepspeed.zero.GatheredParameters(list(unit.values())):
+        if self._prefetched is None or path not in self.gathered_with[self._prefetched]:
+            self.drop_prefetched()
+            self.prefetch(path)
+        self._wait()
+        try:
             yield
+        finally:
+            self._partition(path)
+
+    def prefetch(self, path: str) -> None:
+        absent = [p for p in self._unit(path) if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if absent:
+            self._pending = absent[0].all_gather_coalesced(absent)
+            self._prefetched = path
+
+    def _unit(self, path: str) -> list:
+        return list({id(p): p for owner in self.gathered_with[path] for p in self._owned[owner]}.values())
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+        self._prefetched, self._pending = None, None
+
+    def drop_prefetched(self) -> None:
+        path = self._prefetched
+        if path is not None:
+            self._wait()
+            self._partition(path)
+
+    def _partition(self, path: str) -> None:
+        unit = self._unit(path)
+        unit[0].partition(param_list=unit)
 
     def shard(self, name: str) -> Shard:
         parameter = self._parameters[name]
@@ -92,13 +125,27 @@ class Zero3(ShardedEngine):
             padding = size * dist.get_world_size(group) - whole.numel()
             if padding:
                 whole = nn.functional.pad(whole, (0, padding))
-            part = whole
+            part, work = whole, None
             if dist.get_world_size(group) > 1:
                 part = whole.new_empty(size)
-                dist.reduce_scatter_tensor(part, whole, group=group)
-            on_gradient(name, part[: self.shard(name).local.numel()])
+                work = dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
+            mine = part[: self.shard(name).local.numel()]
+            if self._reducing is None:
+                # Called by autograd at the end of this backward.
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish_reducing)
+            self._finish_reducing()
+            self._reducing = work, whole, lambda: on_gradient(name, mine)
 
         return hook
+
+    def _finish_reducing(self) -> None:
+        """Apply the gradient whose reduce-scatter ran while the next one was computed."""
+        reducing, self._reducing = self._reducing, None
+        if reducing is not None:
+            work, _, apply = reducing
+            if work is not None:
+                work.wait()
+            apply()
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -112,6 +159,7 @@ class Zero3(ShardedEngine):
         self._drop_gathered()
 
     def _drop_gathered(self) -> None:
+        self._reducing = None  # left by a backward that failed
         # What is still gathered is not gathered again: persistent parameters and everything within
         # the reuse distance would go on with the weights of before the update.
         self._offload.partition_all_parameters()

@@ -11,7 +11,7 @@ from torch import nn
 
 from addax_ds.core import lanes as lanes_module
 from addax_ds.core import moved as moved_module
-from addax_ds.core.lanes import Job, Lanes
+from addax_ds.core.lanes import Job, Lanes, raise_first
 from addax_ds.core.moved import Moved
 from addax_ds.core.noise import noise
 from addax_ds.core.plain import Perturbation
@@ -49,6 +49,8 @@ class OneUnitAtATime:
         self.model, self.frozen = model, frozen
         self.gathered: str | None = None
         self.gathers: list[str] = []
+        self.prefetched: str | None = None
+        self.prefetches: list[str] = []
 
     def unit(self, path: str) -> str:
         return ".".join(path.split(".")[:2]) if path.startswith("blocks") else path
@@ -67,8 +69,16 @@ class OneUnitAtATime:
     def gather(self, path: str):
         self.gathered = self.unit(path)
         self.gathers.append(self.gathered)
+        self.prefetched = None
         yield
         self.gathered = None
+
+    def prefetch(self, path: str) -> None:
+        self.prefetched = self.unit(path)
+        self.prefetches.append(self.prefetched)
+
+    def drop_prefetched(self) -> None:
+        self.prefetched = None
 
 
 class Whole(OneUnitAtATime):
@@ -141,6 +151,28 @@ def test_one_gather_of_a_unit_serves_all_guests(lanes, weights):
     lanes.start([Job(lambda m: m(X), point) for point in points(queries=3, repeats=2)])
     lanes.drive()
     assert weights.gathers == ["blocks.0", "blocks.1", "blocks.2", "head"]
+
+
+def test_the_next_unit_is_on_its_way_while_guests_take_one(lanes, weights):
+    for _ in range(2):
+        lanes.start([Job(lambda m: m(X), point) for point in points()])
+        lanes.drive()
+    units = ["blocks.0", "blocks.1", "blocks.2", "head"]
+    assert weights.gathers == units * 2
+    assert weights.prefetches == units[1:], "only the second drive knows the order"
+
+
+def test_a_drive_that_ends_early_or_goes_elsewhere_leaves_nothing_on_its_way(lanes, weights):
+    def drive(run):
+        lanes.start([Job(run)])
+        lanes.drive()
+        assert weights.prefetched is None
+
+    drive(lambda m: m(X))
+    drive(lambda m: m.blocks[0](X))  # the first unit and no more
+    drive(lambda m: m(X))
+    drive(lambda m: m.head(m.blocks[0](X)))
+    assert weights.gathers[-2:] == ["blocks.0", "head"]
 
 
 def test_noise_is_drawn_once_per_module_and_direction(model, lanes, monkeypatch):
@@ -375,31 +407,45 @@ def test_the_same_guests_run_beside_a_host(model, lanes, weights):
     assert all(job.result is not None for job in jobs)
 
 
-def test_an_error_in_a_guest_is_raised_in_the_host_and_the_next_run_works(lanes):
-    class BrokenError(Exception):
-        pass
+class BrokenError(Exception):
+    pass
 
-    def fail(m):
-        m.blocks[0](X)
-        raise BrokenError
 
+def fail(m):
+    m.blocks[0](X)
+    raise BrokenError
+
+
+def test_an_error_in_a_guest_stops_no_other_and_the_next_run_works(lanes):
     for _ in range(3):
-        with pytest.raises(BrokenError):
-            lanes.start([Job(lambda m: m(X), point) for point in points()] + [Job(fail, points()[0])])
-            lanes.drive()
-        lanes.abandon()
         jobs = [Job(lambda m: m(X), point) for point in points()]
-        lanes.start(jobs)
-        lanes.drive()
+        lanes.run([*jobs, broken := Job(fail, points()[0])])
+        assert isinstance(broken.error, BrokenError)
+        assert all(job.result is not None for job in jobs)
+        with pytest.raises(BrokenError):
+            raise_first([*jobs, broken])
+        jobs = [Job(lambda m: m(X), point) for point in points()]
+        lanes.run(jobs)
+        raise_first(jobs)
         assert all(job.result is not None for job in jobs)
     assert lanes._running == []
 
 
+def test_a_rank_whose_guests_have_all_failed_gathers_on_for_the_others(lanes, weights):
+    units = ["blocks.0", "blocks.1", "blocks.2", "head"]
+    with pytest.raises(BrokenError):
+        lanes.run([Job(fail)])  # what the others gather is not known yet
+    lanes.run([Job(lambda m: m(X))])
+    weights.gathers.clear()
+    for _ in range(2):
+        lanes.run([job := Job(fail), Job(fail)])
+        assert isinstance(job.error, BrokenError)
+    assert weights.gathers == units * 2
+
+
 def test_a_weight_read_outside_its_module_is_an_error_not_a_wrong_number(lanes):
     with pytest.raises(RuntimeError, match=r"head\.weight is read outside"):
-        lanes.start([Job(lambda m: m.blocks[0](X) @ m.head.weight.T)])
-        lanes.drive()
-    lanes.abandon()
+        lanes.run([Job(lambda m: m.blocks[0](X) @ m.head.weight.T)])
 
 
 def test_threads_are_kept_between_runs_and_ended_by_close(model):

@@ -69,3 +69,16 @@ def test_without_samples_there_is_no_mean():
 def test_the_mean_is_rounded_once():
     assert mean([1e16, 1.0, -1e16]) == 1 / 3
     assert projected_gradients([1.25], [1.0], 0.5) == [0.25]
+
+
+def test_faults_name_their_ranks_and_leave_everything_else_alone():
+    ranks = [Scalars(1, [2], [1], 3) for _ in range(3)]
+    for rank, scalars in enumerate(ranks):
+        scalars.put_fingerprint(rank, 7)
+    ranks[2].put_fault(2)
+    ranks[0].put_zo(0, 1, 0, torch.tensor([1.0, 3.0], dtype=torch.float64))
+    ranks[0].vector = sum(scalars.vector for scalars in ranks)
+    assert ranks[0].faults() == [2]
+    ranks[0].check_fingerprints()
+    assert ranks[0].zo_means() == ([2.0], [0.0])
+    assert ranks[1].faults() == []

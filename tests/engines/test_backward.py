@@ -46,14 +46,8 @@ def grad_bytes() -> int:
 
 
 def watch_gradients(engine: str, forget_to_free: bool = False) -> None:
+    gc.collect()
     gc.freeze()  # what exists by now is not looked through again and again
-    try:
-        _watch_gradients(engine, forget_to_free)
-    finally:
-        gc.unfreeze()
-
-
-def _watch_gradients(engine: str, forget_to_free: bool) -> None:
     model = deep_model()
     unit = FLOAT * max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
     total = FLOAT * sum(p.numel() for p in model.parameters())

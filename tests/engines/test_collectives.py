@@ -74,12 +74,12 @@ def test_a_mixed_step_has_the_collectives_of_a_first_order_step(world: World, en
 
 def count_zeroth_order(engine: str, model: str) -> None:
     plain = build_model(model)
-    # FSDP2 gathers a unit at a time and pads rows; ZeRO-3 a parameter at a time and pads elements.
+    # FSDP2 pads rows, ZeRO-3 elements.
     rows = {name: p[0].numel() if engine == "fsdp" else 1 for name, p in plain.named_parameters()}
     padded = sum((p.numel() + p.numel() // rows[name] % 2 * rows[name]) * 4 for name, p in plain.named_parameters())
     for queries in (1, 2):
         numbers, sizes, units = count_step(engine, model, alpha=1.0, queries=queries)
-        assert numbers == {"_allgather_base_": units if engine == "fsdp" else len(rows), "allreduce_": 1}, numbers
+        assert numbers == {"_allgather_base_": units, "allreduce_": 1}, numbers
         # The count holds what a rank sends, 1/2, beside the whole that it receives.
         assert sizes["_allgather_base_"] == padded * 3 // 2
 

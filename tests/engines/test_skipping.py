@@ -153,3 +153,46 @@ def fail_and_go_on(engine: str) -> None:
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_after_an_error_in_a_loss_function_the_next_step_works(world: World, engine: str):
     world.run(fail_and_go_on, engine=engine)
+
+
+def loss_that_fails_on_13(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The scaled loss; a guest that meets the factor 13 fails after its forward."""
+    losses = scaled_loss(model, batch)
+    if not torch.is_grad_enabled() and (batch["factor"] == 13).any():
+        raise BrokenError
+    return losses
+
+
+def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
+    model, reference = build_model(MODEL), build_model(MODEL)
+    rank = dist.get_rank()
+    good = [(poisoned(6, 12, None, i), poisoned(4, 6, None, i)) for i in range(3)]
+    with running(engine, model, alpha=alpha, perturb=perturb) as run:
+        check_steps(run, reference, good[:1], scaled_loss)
+        before = run.digest()
+        for sample in (0, 2, -1):  # of rank 0, 1, 2
+            zo = poisoned(6, 12, None)
+            zo["factor"][sample] = 13
+            culprit = sample % 6 // 2
+            with pytest.raises(BrokenError if rank == culprit else RuntimeError) as raised:
+                run.train_step(zo, good[0][1], scaled_loss if rank != culprit else loss_that_fails_on_13)
+            assert rank == culprit or f"failed on rank {culprit}" in str(raised.value)
+            assert run.digest() == before
+        if alpha == 1:
+            mine = good[0][0]
+            probed = loss_that_fails_on_13 if rank == 1 else scaled_loss
+            mine["factor"][0] = 13
+            with pytest.raises(BrokenError if rank == 1 else RuntimeError):
+                run.optimizer.probe(lambda model: probed(model, mine))
+            assert run.digest() == before
+        check_steps(run, reference, good[1:], scaled_loss)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize(
+    ("engine", "perturb"),
+    [*((engine, "gathered") for engine in ENGINES), ("fsdp", "shard"), ("zero3-evicting", "shard")],
+)
+@pytest.mark.parametrize("world", [3], indirect=True)
+def test_a_guest_that_fails_on_one_rank_fails_the_step_on_all(world: World, engine: str, alpha: float, perturb: str):
+    world.run(one_rank_fails, engine=engine, alpha=alpha, perturb=perturb)
