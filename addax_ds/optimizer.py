@@ -172,7 +172,7 @@ class Addax(torch.optim.Optimizer):
                 guests = self._guests(zo, seed, loss_fn, beside_a_host=bool(fo))
                 self._begin([job for _, job in guests])
                 loss = self._first_order_forwards(fo, seed, loss_fn, scalars)
-                self._lanes.drive()
+                self._lanes.drive(alike=not fo)
                 for (query, sign, index), job in guests:
                     if job.error is not None:
                         scalars.put_fault(engine.rank)
@@ -221,7 +221,7 @@ class Addax(torch.optim.Optimizer):
             return
         for point in dict.fromkeys(job.perturbation for job in jobs):
             at_point = [job for job in jobs if job.perturbation == point]
-            self._lanes.run(at_point, MovedShards(self.engine, point))
+            self._lanes.run(at_point, MovedShards(self.engine, point), alike=True)
 
     def _check_batches_agree(self, mine: int) -> None:
         """Raises `UserError` where ranks hold different batches, before any forward.
@@ -320,7 +320,7 @@ class Addax(torch.optim.Optimizer):
         jobs = [Job(lambda model: _per_sample(loss_fn(model)).double().cpu(), point) for point in points]
         try:
             self._begin(jobs)
-            self._lanes.drive()
+            self._lanes.drive(alike=True)
         finally:
             self._lanes.abandon()  # those that a failure has left
         # Sums of losses, the number of samples, and which ranks have failed.

@@ -1,6 +1,12 @@
 """Fixtures shared by all tests."""
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read as soon as triton is imported, by whomever
 
 from tests.world import World
 

@@ -47,4 +47,6 @@ def context() -> ForkServerContext:
     build = context.Process(target=build_cpu_op)
     build.start()
     build.join()
+    if build.exitcode:
+        raise RuntimeError("DeepSpeed's CPU op cannot be built: see above")
     return context

@@ -109,6 +109,9 @@ def bench_step(
     check(engine, ranks, config)
     if gigabits is not None and ranks != 2:
         raise UserError(f"a slowed link joins 2 ranks, not {ranks}: set --ranks 2")
+    if gigabits is not None and torch.cuda.is_available():
+        raise UserError("GPUs of one machine do not use its network: hide them (CUDA_VISIBLE_DEVICES=)")
+    prepare_inputs(config)  # fetched here, since hosts on a slowed link reach nothing else
     link = "" if gigabits is None else f", joined at {gigabits:g} Gbit/s"
     bench = Bench("step", f"seconds per step, {config.model} on {config.data}, {engine}, {ranks} ranks{link}")
     with contextlib.nullcontext(()) if gigabits is None else linked(gigabits) as hosts:

@@ -251,12 +251,17 @@ def _check(weights: torch.Tensor) -> None:
         raise TypeError(f"weights are {weights.dtype}: load the model in float32 or bfloat16")
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], memory: torch.Tensor, *arguments: Any) -> None:
+    with torch.cuda.device_of(memory):  # Triton itself takes the current device
+        kernel[grid](memory, *arguments, **_EXACT)
+
+
 def draw(seed, name, start, stop, query, distribution, device) -> torch.Tensor:
     """See `plain.draw`."""
     out = torch.empty(stop - start, device=device)
     if out.numel():
         grid = (_tiles(start, out.numel()),)
-        _draw[grid](out, start, out.numel(), query, *_key(seed, name), PURPOSE[distribution], **_EXACT)
+        _launch(_draw, grid, out, start, out.numel(), query, *_key(seed, name), PURPOSE[distribution])
     return out
 
 
@@ -273,17 +278,8 @@ def perturb(
     weight = weight.detach().contiguous()
     sides: list[Any] = [weight if side is None else side for side in (plus, minus)]
     if weight.numel():
-        _perturb[(_tiles(start, weight.numel()),)](
-            weight,
-            *sides,
-            start,
-            weight.numel(),
-            point.scale,
-            *_stream(name, point),
-            plus is not None,
-            minus is not None,
-            **_EXACT,
-        )
+        grid, wanted = (_tiles(start, weight.numel()),), (plus is not None, minus is not None)
+        _launch(_perturb, grid, weight, *sides, start, weight.numel(), point.scale, *_stream(name, point), *wanted)
 
 
 def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
@@ -294,7 +290,7 @@ def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Per
     out = weight.new_empty(len(rows), *weight.shape[1:])
     if out.numel():
         grid = (len(rows), -(-width // TILE.value) + 1)
-        _perturb_rows[grid](weight, out, rows, width, point.sign * point.scale, *_stream(name, point), **_EXACT)
+        _launch(_perturb_rows, grid, weight, out, rows, width, point.sign * point.scale, *_stream(name, point))
     return out
 
 
@@ -308,7 +304,9 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
     _check(local)
     if not local.numel():
         return
-    _update[(_tiles(start, local.numel()),)](
+    _launch(
+        _update,
+        (_tiles(start, local.numel()),),
         local,
         local if gradient is None else gradient.detach().contiguous(),
         start,
@@ -321,5 +319,4 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
         PURPOSE[step.distribution],
         gradient is not None,
         local.dtype == torch.bfloat16 and step.stochastic,
-        **_EXACT,
     )

@@ -204,7 +204,7 @@ class Lanes:
         self._copies_of: tuple | None = None
         self._copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scratch = Scratch()
-        self._order: list[str] = []  # what the last drive gathered, module by module
+        self._order: list[str] = []  # what every alike drive gathers, module by module
 
     def start(self, jobs: list[Job]) -> None:
         """Begin every job; each runs up to the first weight it needs."""
@@ -235,13 +235,14 @@ class Lanes:
             self._collect()
         self._copies_of, self._copies = None, {}
 
-    def drive(self) -> None:
+    def drive(self, alike: bool = False) -> None:
         """Finish the guests by gathering what they ask for, unit by unit (collectives).
 
-        The gather of the next unit begins before the guests take this one, where the last drive
-        tells which that will be. It also tells what other ranks still gather where all guests of
-        this one have failed; a first drive does not know, and raises at once.
+        alike: whether this drive gathers the same as every other that is called so. Then the gather
+        of the next unit begins before the guests take this one, and where all guests of this rank
+        have failed, it gathers on for the other ranks; only the first such drive raises at once.
         """
+        expected = self._order if alike else []
         order: list[str] = []
         try:
             while self._running:
@@ -249,21 +250,22 @@ class Lanes:
                 order.append(behind.need)
                 with self._weights.gather(behind.need):
                     place = len(order)
-                    if order == self._order[:place] and place < len(self._order):
-                        self._weights.prefetch(self._order[place])
+                    if order == expected[:place] and place < len(expected):
+                        self._weights.prefetch(expected[place])
                     self.advance()
-            if order and all(job.error for job in self._jobs):
-                if not self._order:
+            if alike and self._jobs and all(job.error for job in self._jobs):
+                if not expected:
                     raise_first(self._jobs)
-                for path in self._order[len(order) :]:
+                for path in expected[len(order) :]:
                     with self._weights.gather(path):
                         pass
-            elif order:
+            elif alike and order:
                 self._order = order
         finally:
             self._weights.drop_prefetched()
+            self._jobs = []  # they hold batches, results and, by their errors, activations
 
-    def run(self, jobs: list[Job], weights: Weights | None = None) -> None:
+    def run(self, jobs: list[Job], weights: Weights | None = None, alike: bool = False) -> None:
         """Start guests and drive them to their end, reading `weights` in place of the engine's own.
 
         An error of a guest is left in its job: its rank still takes part in all gathers.
@@ -272,7 +274,7 @@ class Lanes:
         self._weights = weights or own
         try:
             self.start(jobs)
-            self.drive()
+            self.drive(alike)
         except BaseException:
             self.abandon()
             raise
@@ -285,7 +287,7 @@ class Lanes:
             if guest.parked:
                 guest.stop()
         self._idle += self._running
-        self._running = []
+        self._running, self._jobs = [], []
         self._copies_of, self._copies = None, {}
         self._scratch.release()
 

@@ -93,7 +93,7 @@ class Engine(ABC):
 
         parameters: the trainable ones by name. gathered: called each time a unit of the host's
         forward is gathered. on_gradient: called in the backward as each gradient leaves its
-        reduction, which sums over ranks; the whole gradient is freed before the next layer's.
+        reduction, which sums over ranks; at most one more whole gradient is in memory by then.
         """
 
     @abstractmethod

@@ -211,8 +211,19 @@ class FSDP(ShardedEngine):
             return
         if hasattr(self._root, "reset_iter_state"):
             self._root.reset_iter_state()
-            return
-        _reset_iteration(state)
+        else:
+            _reset_iteration(state)
+        for unit in state._state_ctx.all_states:
+            for group in _parameter_groups_of(unit):
+                for parameter in group.fsdp_params:
+                    _forget_gradients(parameter)
+
+
+def _forget_gradients(parameter: Any) -> None:
+    """Drop what a failed backward has left on a unit: the next one would add to it."""
+    parameter.unsharded_accumulated_grad = None
+    if hasattr(parameter, "_unsharded_param"):
+        parameter._unsharded_param.grad = None
 
 
 def _reset_iteration(root: Any) -> None:

@@ -43,6 +43,7 @@ class Zero3(ShardedEngine):
         self._pending: Any = None  # what to wait for until it is there
         # The reduce-scatter under way: what to wait for, the memory it reads, and what comes after it.
         self._reducing: tuple[Any, torch.Tensor, Callable[[], None]] | None = None
+        self._backward = -1  # autograd's number of the backward that it belongs to
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +131,8 @@ class Zero3(ShardedEngine):
                 part = whole.new_empty(size)
                 work = dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
             mine = part[: self.shard(name).local.numel()]
-            if self._reducing is None:
+            if self._backward != (backward := torch._C._current_graph_task_id()):
+                self._backward, self._reducing = backward, None  # not what a failed backward has left
                 # Called by autograd at the end of this backward.
                 torch.autograd.Variable._execution_engine.queue_callback(self._finish_reducing)
             self._finish_reducing()
@@ -156,6 +158,9 @@ class Zero3(ShardedEngine):
         self._drop_gathered()
 
     def after_step(self, backward_ran: bool) -> None:
+        if self._device.type == "cuda":
+            # DeepSpeed gathers on a stream of its own, which would not wait for the writes of this step.
+            torch.cuda.current_stream().synchronize()
         self._drop_gathered()
 
     def _drop_gathered(self) -> None:

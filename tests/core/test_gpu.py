@@ -1,7 +1,5 @@
 """Triton kernels against the plain operations: on a GPU where there is one, else under Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
@@ -10,8 +8,6 @@ from addax_ds.core.noise import noise as defined_noise
 from addax_ds.core.plain import Perturbation, Step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 pytest.importorskip("triton", reason="the extra `test` brings triton on Linux only")
 from addax_ds.core import gpu  # noqa: E402
 

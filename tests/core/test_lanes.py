@@ -154,18 +154,17 @@ def test_one_gather_of_a_unit_serves_all_guests(lanes, weights):
 
 
 def test_the_next_unit_is_on_its_way_while_guests_take_one(lanes, weights):
-    for _ in range(2):
+    for alike in (True, False, True):
         lanes.start([Job(lambda m: m(X), point) for point in points()])
-        lanes.drive()
+        lanes.drive(alike)
     units = ["blocks.0", "blocks.1", "blocks.2", "head"]
-    assert weights.gathers == units * 2
-    assert weights.prefetches == units[1:], "only the second drive knows the order"
+    assert weights.gathers == units * 3
+    assert weights.prefetches == units[1:], "only the third drive knows the order"
 
 
 def test_a_drive_that_ends_early_or_goes_elsewhere_leaves_nothing_on_its_way(lanes, weights):
     def drive(run):
-        lanes.start([Job(run)])
-        lanes.drive()
+        lanes.run([Job(run)], alike=True)
         assert weights.prefetched is None
 
     drive(lambda m: m(X))
@@ -287,7 +286,8 @@ def test_a_token_that_the_embedding_does_not_have_is_an_error(bad):
     model = Language(tied=True)
     lanes = Lanes(model, strip(model), OneUnitAtATime(model))
     with pytest.raises(IndexError, match=r"not among the 50 rows of embed\.weight"):
-        lanes.run([Job(lambda m: m(torch.tensor([[3, bad]])), points()[0])])
+        lanes.run(jobs := [Job(lambda m: m(torch.tensor([[3, bad]])), points()[0])])
+        raise_first(jobs)
     assert lanes._running == []
     lanes.close()
 
@@ -416,6 +416,10 @@ def fail(m):
     raise BrokenError
 
 
+def fail_at_once(m):
+    raise BrokenError
+
+
 def test_an_error_in_a_guest_stops_no_other_and_the_next_run_works(lanes):
     for _ in range(3):
         jobs = [Job(lambda m: m(X), point) for point in points()]
@@ -434,18 +438,20 @@ def test_an_error_in_a_guest_stops_no_other_and_the_next_run_works(lanes):
 def test_a_rank_whose_guests_have_all_failed_gathers_on_for_the_others(lanes, weights):
     units = ["blocks.0", "blocks.1", "blocks.2", "head"]
     with pytest.raises(BrokenError):
-        lanes.run([Job(fail)])  # what the others gather is not known yet
-    lanes.run([Job(lambda m: m(X))])
-    weights.gathers.clear()
-    for _ in range(2):
-        lanes.run([job := Job(fail), Job(fail)])
+        lanes.run([Job(fail)], alike=True)  # what the others gather is not known yet
+    lanes.run([Job(lambda m: m(X))], alike=True)
+    lanes.run([Job(lambda m: m.head(X))])
+    for failing in (fail, fail_at_once):
+        weights.gathers.clear()
+        lanes.run([job := Job(failing), Job(failing)], alike=True)
         assert isinstance(job.error, BrokenError)
-    assert weights.gathers == units * 2
+        assert weights.gathers == units
 
 
 def test_a_weight_read_outside_its_module_is_an_error_not_a_wrong_number(lanes):
     with pytest.raises(RuntimeError, match=r"head\.weight is read outside"):
-        lanes.run([Job(lambda m: m.blocks[0](X) @ m.head.weight.T)])
+        lanes.run(jobs := [Job(lambda m: m.blocks[0](X) @ m.head.weight.T)])
+        raise_first(jobs)
 
 
 def test_threads_are_kept_between_runs_and_ended_by_close(model):

@@ -156,11 +156,13 @@ def test_after_an_error_in_a_loss_function_the_next_step_works(world: World, eng
 
 
 def loss_that_fails_on_13(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The scaled loss; a guest that meets the factor 13 fails after its forward."""
-    losses = scaled_loss(model, batch)
-    if not torch.is_grad_enabled() and (batch["factor"] == 13).any():
+    """The scaled loss; a guest that meets the factor 13 fails before its forward, others after it."""
+    if torch.is_grad_enabled() or not (batch["factor"] > 12).any():
+        return scaled_loss(model, batch)
+    if (batch["factor"] == 13).any():
         raise BrokenError
-    return losses
+    scaled_loss(model, batch)
+    raise BrokenError
 
 
 def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
@@ -170,9 +172,11 @@ def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
     with running(engine, model, alpha=alpha, perturb=perturb) as run:
         check_steps(run, reference, good[:1], scaled_loss)
         before = run.digest()
-        for sample in (0, 2, -1):  # of rank 0, 1, 2
+        for sample, factor in ((0, 13), (2, 14), (-1, 13), (-1, 14)):  # of rank 0, 1, 2, 2
             zo = poisoned(6, 12, None)
-            zo["factor"][sample] = 13
+            zo["factor"][sample] = factor
+            if sample == -1:  # an evaluation in between gathers in its own way
+                run.optimizer.run_guests([lambda model: [loss_for(MODEL)(model, good[0][1]) for _ in range(3)]])
             culprit = sample % 6 // 2
             with pytest.raises(BrokenError if rank == culprit else RuntimeError) as raised:
                 run.train_step(zo, good[0][1], scaled_loss if rank != culprit else loss_that_fails_on_13)
@@ -196,3 +200,38 @@ def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
 @pytest.mark.parametrize("world", [3], indirect=True)
 def test_a_guest_that_fails_on_one_rank_fails_the_step_on_all(world: World, engine: str, alpha: float, perturb: str):
     world.run(one_rank_fails, engine=engine, alpha=alpha, perturb=perturb)
+
+
+def loss_with_a_broken_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The scaled loss; the backward of a batch with the factor 13 fails in the first block."""
+
+    def break_backward(gradient: torch.Tensor) -> None:
+        raise BrokenError
+
+    def watch(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad and (batch["factor"] == 13).any():
+            output.register_hook(break_backward)
+
+    handle = model.model.layers[0].register_forward_hook(watch)
+    try:
+        return scaled_loss(model, batch)
+    finally:
+        handle.remove()
+
+
+def fail_in_the_backward_and_go_on(engine: str) -> None:
+    model, reference = build_model(MODEL), build_model(MODEL)
+    with running(engine, model, fo_micro_batch=1) as run:
+        before = run.digest()
+        fo = poisoned(4, 6, None)
+        fo["factor"][:2] = 13  # the first round, whose gradients are only added up
+        with pytest.raises(BrokenError):
+            run.train_step(poisoned(2, 12, None), fo, loss_with_a_broken_backward)
+        assert run.digest() == before
+        check_steps(run, reference, [(poisoned(2, 12, None, 1), poisoned(4, 6, None, 1))], scaled_loss)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_gradients_of_a_backward_that_failed_are_forgotten(world: World, engine: str):
+    world.run(fail_in_the_backward_and_go_on, engine=engine)
