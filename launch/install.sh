@@ -17,4 +17,6 @@ echo "installing into $venv (a few minutes, once)"
 # torch first and exactly: a bare range would pull the newest build with all its GPU libraries.
 "$venv/bin/pip" install --quiet "$(grep '^torch==' launch/constraints.txt)"
 "$venv/bin/pip" install --quiet --constraint launch/constraints.txt --editable '.[deepspeed,mpi,train,test]'
+# DeepSpeed compiles an op at its first start on CPUs.
+"$venv/bin/python" -c 'from addax_ds.engines.cpu_op import build_cpu_op; build_cpu_op()'
 touch "$stamp"

@@ -204,7 +204,7 @@ class Lanes:
         self._copies_of: tuple | None = None
         self._copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scratch = Scratch()
-        self._order: list[str] = []  # what every alike drive gathers, module by module
+        self._order: list[str] | None = None  # what every alike drive gathers, module by module, once known
 
     def start(self, jobs: list[Job]) -> None:
         """Begin every job; each runs up to the first weight it needs."""
@@ -242,7 +242,7 @@ class Lanes:
         of the next unit begins before the guests take this one, and where all guests of this rank
         have failed, it gathers on for the other ranks; only the first such drive raises at once.
         """
-        expected = self._order if alike else []
+        expected = (alike and self._order) or []
         order: list[str] = []
         try:
             while self._running:
@@ -253,17 +253,22 @@ class Lanes:
                     if order == expected[:place] and place < len(expected):
                         self._weights.prefetch(expected[place])
                     self.advance()
-            if alike and self._jobs and all(job.error for job in self._jobs):
-                if not expected:
-                    raise_first(self._jobs)
-                for path in expected[len(order) :]:
-                    with self._weights.gather(path):
-                        pass
-            elif alike and order:
-                self._order = order
+            if alike and self._jobs:
+                self._end_alike(order)
         finally:
             self._weights.drop_prefetched()
             self._jobs = []  # they hold batches, results and, by their errors, activations
+
+    def _end_alike(self, order: list[str]) -> None:
+        """Remember what a drive has gathered, or gather what is missing where all its guests have failed."""
+        if not all(job.error for job in self._jobs):
+            self._order = order
+        elif self._order is None:
+            raise_first(self._jobs)
+        else:
+            for path in self._order[len(order) :]:
+                with self._weights.gather(path):
+                    pass
 
     def run(self, jobs: list[Job], weights: Weights | None = None, alike: bool = False) -> None:
         """Start guests and drive them to their end, reading `weights` in place of the engine's own.

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from addax_ds.errors import UserError
+
 
 class Absent(torch.Tensor):
     """Stands for a weight outside its module's forward: answers shape, dtype and device only.
@@ -39,8 +41,15 @@ def strip(model: nn.Module) -> nn.Module:
     """A deep copy of `model` in evaluation mode, with placeholders for parameters and shared buffers.
 
     Take it before the model is sharded: FSDP2 modules cannot be copied, and what engines hang on
-    modules is not for guests.
+    modules is not for guests. Raises `UserError` for a forward that a copy would share.
     """
+    for path in own_forwards(model):
+        module = model.get_submodule(path)
+        if getattr(module.__dict__["forward"], "__self__", None) is not module:
+            raise UserError(
+                f"{path or 'the model'}.forward was replaced by a function that is no method of it, through which "
+                "zeroth-order forwards would run the model itself: bind it with types.MethodType"
+            )
     memo: dict[int, object] = {}
     for name, parameter in model.named_parameters():
         # ZeRO-3's parameters keep their whole shape aside once they are partitioned.
@@ -49,6 +58,11 @@ def strip(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(model, memo).eval()
+
+
+def own_forwards(model: nn.Module) -> set[str]:
+    """Paths of modules whose forward is not their class's, as accelerate makes it."""
+    return {path for path, module in model.named_modules() if "forward" in module.__dict__}
 
 
 def duplicate(skeleton: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from addax_ds.core.shard import Shard
-from addax_ds.core.skeleton import owned_weights
+from addax_ds.core.skeleton import own_forwards, owned_weights
 from addax_ds.engines.units import units_of
 from addax_ds.errors import UserError
 
@@ -27,6 +27,11 @@ class Engine(ABC):
     name: str
 
     def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
+        if late := own_forwards(model) ^ own_forwards(skeleton):
+            raise UserError(
+                f"{min(late) or 'the model'}.forward was replaced after addax_ds.shard, which zeroth-order forwards "
+                "would not see: wrap the model first"
+            )
         self.model = model
         self.skeleton = skeleton
         self.rank = dist.get_rank() if dist.is_initialized() else 0

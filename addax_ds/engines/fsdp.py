@@ -40,6 +40,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
         raise UserError("only dimension 0 can be sharded, by fully_shard alone: leave out other placements")
     refuse_fsdp1(model)
     skeleton = strip(model)
+    _refuse_mixed_dtypes(model)
     for paths in units_of(model):
         modules = [model.get_submodule(path) for path in paths]
         fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, **fully_shard_options)
@@ -52,6 +53,21 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
     # Beside the module's own attributes: a skeleton is no submodule of the model.
     model.__dict__[_SKELETON] = skeleton
     return model
+
+
+def _refuse_mixed_dtypes(model: nn.Module) -> None:
+    """FSDP2 gathers the trainable weights of a unit together, as one type."""
+    unit_of = {path: number for number, paths in enumerate(units_of(model)) for path in paths}
+    first_of: dict[int, tuple[str, torch.dtype]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # What lies in no unit is gathered with the root.
+            unit = next((number for path, number in unit_of.items() if name.startswith(f"{path}.")), -1)
+            first, dtype = first_of.setdefault(unit, (name, parameter.dtype))
+            if parameter.dtype != dtype:
+                raise UserError(
+                    f"{first} is {dtype} and {name}, gathered with it, {parameter.dtype}: load the model in one type"
+                )
 
 
 def refuse_fsdp1(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from addax_ds.engines.choose import choose_engine
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.models import load_model
+from tests.bench.cases import answer, fail_on_the_second
 
 
 def test_noise_names_every_operation_and_its_peers(tmp_path, capsys):
@@ -100,17 +101,6 @@ def test_what_cannot_be_measured_is_refused_before_it_starts(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             call()
-
-
-def fail_on_the_second(world) -> int:
-    if world.rank == 1:
-        raise ValueError("this one is bad")
-    torch.distributed.barrier()
-    return world.size
-
-
-def answer(world, number: int) -> tuple[int, int]:
-    return world.rank, number
 
 
 def test_ranks_answer_and_a_rank_that_fails_ends_them_all():

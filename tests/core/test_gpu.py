@@ -14,7 +14,7 @@ from addax_ds.core import gpu  # noqa: E402
 DTYPES = [torch.float32, torch.bfloat16]
 DISTRIBUTIONS = ["normal", "rademacher"]
 # Within one tile, over the edge of one, and past what 32 bits hold.
-RANGES = [(0, 1), (3, 3000), (1023, 1025), (2**33 + 5, 2**33 + 4000)]
+RANGES = [(0, 1), (3, 2000), (1023, 1025), (2**33 + 5, 2**33 + 1200)]
 
 
 def weights(n, dtype, seed=0):
@@ -60,7 +60,7 @@ def test_perturbed_rows_are_the_plain_ones(dtype, distribution, shape):
 @pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, None])
-@pytest.mark.parametrize(("start", "n"), [(0, 1), (1234, 3000), (2**33 + 3, 2000)])
+@pytest.mark.parametrize(("start", "n"), [(1234, 1500), (2**33 + 3, 1100)])
 def test_update_is_the_plain_one_bit_for_bit(dtype, stochastic, distribution, gradient_dtype, start, n):
     gradient = None if gradient_dtype is None else weights(n, gradient_dtype, seed=1)
     step = Step(11, 1e-2, 0.1, 0.7, (0.3, -0.2), distribution, stochastic)

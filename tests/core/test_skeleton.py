@@ -1,10 +1,13 @@
 """Skeletons hold no weights, and say so where one is asked for."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from addax_ds.core.skeleton import Absent, duplicate, link_buffers, owned_weights, strip
+from addax_ds.errors import UserError
 
 
 class Small(nn.Module):
@@ -71,3 +74,14 @@ def test_buffers_that_were_replaced_are_linked_again():
     assert skeleton.norm.running_mean is not model.norm.running_mean
     link_buffers(skeleton, model)
     assert skeleton.norm.running_mean is model.norm.running_mean
+
+
+def test_a_forward_of_the_models_own_goes_with_it_where_it_is_a_method_and_is_refused_else():
+    model = Small()
+    model.forward = types.MethodType(lambda self, ids: self.head, model)
+    skeleton = strip(model)
+    assert skeleton(None) is skeleton.head and skeleton.head is not model.head
+    forward = model.forward
+    model.head.forward = lambda x: forward(x)
+    with pytest.raises(UserError, match=r"head\.forward was replaced by a function that is no method of it"):
+        strip(model)

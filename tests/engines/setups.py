@@ -135,6 +135,19 @@ def build_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype)
 
 
+def built_under_zero_init(name: str, engine: str) -> nn.Module:
+    """The weights of `build_model`, in a model whose weights were partitioned as they were made."""
+    import deepspeed
+
+    plain = dict(build_model(name).named_parameters())
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(engine)):
+        model = MODELS[name]()
+    for parameter_name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(plain[parameter_name].data)
+    return model
+
+
 def batch_for(name: str, samples: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """A batch with padding on the right; the same on every rank."""
     generator = torch.Generator().manual_seed(seed)

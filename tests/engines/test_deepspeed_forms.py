@@ -9,7 +9,17 @@ import pytest
 
 from addax_ds.optimizer import Addax
 from tests.engines.agreement import check_steps
-from tests.engines.setups import EVICTING, HYPER, Running, batch_for, build_model, deepspeed_config, loss_for, running
+from tests.engines.setups import (
+    EVICTING,
+    HYPER,
+    Running,
+    batch_for,
+    build_model,
+    built_under_zero_init,
+    deepspeed_config,
+    loss_for,
+    running,
+)
 from tests.world import World
 
 MODEL = "llama-tied"
@@ -49,9 +59,9 @@ def test_every_form_of_the_optimizer_takes_the_reference_step(world: World, form
     world.run(take_steps, form=form, stage=stage, folder=str(tmp_path))
 
 
-def steps_with(zero: dict) -> None:
-    model = build_model(MODEL)
-    reference = copy.deepcopy(model)
+def steps_with(zero: dict, zero_init: bool = False) -> None:
+    reference = build_model(MODEL)
+    model = built_under_zero_init(MODEL, "zero3") if zero_init else copy.deepcopy(reference)
     batches = [(batch_for(MODEL, 3, 12, i), batch_for(MODEL, 3, 6, i)) for i in range(4)]
     with running("zero3", model, zero=zero) as run:
         check_steps(run, reference, batches, loss_for(MODEL))
@@ -71,3 +81,9 @@ def steps_with(zero: dict) -> None:
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_no_setting_of_zero3_leaves_stale_weights(world: World, zero: dict):
     world.run(steps_with, zero=zero)
+
+
+@pytest.mark.parametrize("zero", [{}, EVICTING], ids=["defaults", "evicting"])
+@pytest.mark.parametrize("world", [2, 3], indirect=True)
+def test_a_model_built_under_zero_init_takes_the_reference_step(world: World, zero: dict):
+    world.run(steps_with, zero=zero, zero_init=True)

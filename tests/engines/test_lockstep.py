@@ -1,15 +1,30 @@
 """Lanes in lockstep give the bits that the same lanes give one after the other."""
 
 import contextlib
+import os
+from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from tests.engines.setups import batch_for, build_model, loss_for, running
+from tests.engines.setups import batch_for, build_model, built_under_zero_init, loss_for, running
 from tests.world import World
 
 MODELS = ("llama-tied", "llama-untied", "opt", "bert", "gpt2", "qwen3", "mixtral")
 ENGINES = ("fsdp", "zero3-evicting")
+
+
+def prepared_by_accelerate(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with accelerate's mixed precision wrapped around its forward."""
+    ranks = str(torch.distributed.get_world_size())
+    with mock.patch.dict(os.environ, MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=ranks):
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        # Else it would be wrapped for data parallelism, which is the engine's business.
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return model
 
 
 def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str, ...] = (), **hyper) -> list:
@@ -20,6 +35,10 @@ def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str
     model = build_model(model_name, torch.bfloat16 if "bfloat16" in with_ else torch.float32)
     if "checkpointing" in with_:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if "accelerate" in with_:
+        model = prepared_by_accelerate(model)
+    if "zero.Init" in with_:
+        model = built_under_zero_init(model_name, engine)
     seen = []
     with running(engine, model, queries=2, **hyper) as run:
         raw = getattr(run.optimizer, "optimizer", run.optimizer)
@@ -66,6 +85,9 @@ def test_lockstep_is_bit_equal_on_every_model(world: World, engine: str, model: 
         ("fsdp", ("compile",)),
         ("zero3", ()),
         ("zero3-offload", ()),
+        ("zero3", ("zero.Init",)),
+        ("fsdp", ("accelerate",)),
+        ("zero3", ("accelerate",)),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
 )

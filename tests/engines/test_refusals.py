@@ -1,5 +1,6 @@
 """Settings that would give wrong numbers in silence are refused by name."""
 
+import types
 import warnings
 
 import pytest
@@ -177,3 +178,35 @@ def unreached(engine: str) -> str:
 def test_a_unit_that_no_forward_reaches_is_refused_unless_frozen(world: World, engine: str):
     for message in world.run(unreached, engine=engine):
         assert "unused_head" in message and "requires_grad_(False)" in message
+
+
+def two_types_in_a_unit(trainable: bool) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model = build_model(MODEL, torch.bfloat16)
+    model.model.layers[1].input_layernorm.float().requires_grad_(trainable)
+    if not trainable:
+        addax_ds.shard(model, mesh)
+        return
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn.* is torch\.bfloat16 and model\.layers\.1\.input_lay"):
+        addax_ds.shard(model, mesh)
+    addax_ds.shard(model.float(), mesh)  # nothing was wrapped
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@TWO_RANKS
+def test_two_types_in_a_unit_of_fsdp_are_refused_by_name(world: World, trainable: bool):
+    world.run(two_types_in_a_unit, trainable=trainable)
+
+
+def forward_replaced_after_shard() -> None:
+    model = build_model(MODEL)
+    addax_ds.shard(model, init_device_mesh("cpu", (2,)))
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: forward(self, *args, **kwargs), model)
+    with pytest.raises(UserError, match=r"the model\.forward was replaced after addax_ds\.shard"):
+        Addax(model)
+
+
+@TWO_RANKS
+def test_a_forward_replaced_after_shard_is_refused(world: World):
+    world.run(forward_replaced_after_shard)

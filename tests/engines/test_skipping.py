@@ -168,16 +168,16 @@ def loss_that_fails_on_13(model: nn.Module, batch: dict[str, torch.Tensor]) -> t
 def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
     model, reference = build_model(MODEL), build_model(MODEL)
     rank = dist.get_rank()
-    good = [(poisoned(6, 12, None, i), poisoned(4, 6, None, i)) for i in range(3)]
+    good = [(poisoned(4, 12, None, i), poisoned(4, 6, None, i)) for i in range(2)]
     with running(engine, model, alpha=alpha, perturb=perturb) as run:
         check_steps(run, reference, good[:1], scaled_loss)
         before = run.digest()
-        for sample, factor in ((0, 13), (2, 14), (-1, 13), (-1, 14)):  # of rank 0, 1, 2, 2
-            zo = poisoned(6, 12, None)
+        for sample, factor in ((0, 13), (2, 14)):  # of rank 0 and 1
+            zo = poisoned(4, 12, None)
             zo["factor"][sample] = factor
-            if sample == -1:  # an evaluation in between gathers in its own way
+            if factor == 14:  # an evaluation in between gathers in its own way
                 run.optimizer.run_guests([lambda model: [loss_for(MODEL)(model, good[0][1]) for _ in range(3)]])
-            culprit = sample % 6 // 2
+            culprit = sample // 2
             with pytest.raises(BrokenError if rank == culprit else RuntimeError) as raised:
                 run.train_step(zo, good[0][1], scaled_loss if rank != culprit else loss_that_fails_on_13)
             assert rank == culprit or f"failed on rank {culprit}" in str(raised.value)
@@ -197,7 +197,7 @@ def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
     ("engine", "perturb"),
     [*((engine, "gathered") for engine in ENGINES), ("fsdp", "shard"), ("zero3-evicting", "shard")],
 )
-@pytest.mark.parametrize("world", [3], indirect=True)
+@pytest.mark.parametrize("world", [2], indirect=True)
 def test_a_guest_that_fails_on_one_rank_fails_the_step_on_all(world: World, engine: str, alpha: float, perturb: str):
     world.run(one_rank_fails, engine=engine, alpha=alpha, perturb=perturb)
 
