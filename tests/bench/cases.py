@@ -1,5 +1,7 @@
 """Cases for ranks, in a file that costs them little to import."""
 
+import time
+
 import torch
 
 
@@ -12,3 +14,11 @@ def fail_on_the_second(world) -> int:
 
 def answer(world, number: int) -> tuple[int, int]:
     return world.rank, number
+
+
+def seconds_of_an_all_reduce(world, numbers: int) -> float:
+    data = torch.ones(numbers)
+    torch.distributed.all_reduce(data)
+    begun = time.perf_counter()
+    torch.distributed.all_reduce(data)
+    return time.perf_counter() - begun
