@@ -55,7 +55,12 @@ def watch_gradients(engine: str, forget_to_free: bool = False) -> None:
     reduced: list[tuple[StorageWeakRef, int]] = []
     alive: list[int] = []
     kept = []
-    update = kernels.update
+    update, reduce_scatter = kernels.update, torch.distributed.reduce_scatter_tensor
+
+    def watched_reduce_scatter(output, whole, *args, **kwargs):
+        if engine.startswith("zero3"):  # ours; FSDP2's input is its own copy of a whole unit
+            reduced.append((StorageWeakRef(whole.untyped_storage()), whole.untyped_storage().nbytes()))
+        return reduce_scatter(output, whole, *args, **kwargs)
 
     def watched_update(local, start, gradient, name, step):
         if gradient is not None:
@@ -69,11 +74,11 @@ def watch_gradients(engine: str, forget_to_free: bool = False) -> None:
 
     with running(engine, model) as run:
         for step in range(2):  # ZeRO-3 traces the first step and prefetches in the second
-            kernels.update = watched_update
+            kernels.update, torch.distributed.reduce_scatter_tensor = watched_update, watched_reduce_scatter
             try:
                 run.train_step(batch_for("llama", 4, 4, step), batch_for("llama", 4, 4, step + 9))
             finally:
-                kernels.update = update
+                kernels.update, torch.distributed.reduce_scatter_tensor = update, reduce_scatter
         del model
         gc.collect()
         assert len(alive) >= 2 * 9 * LAYERS
