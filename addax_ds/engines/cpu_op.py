@@ -40,5 +40,5 @@ def build_cpu_op(*, abandoned: float = _ABANDONED) -> None:
                 time.sleep(0.2)
             os.unlink(guard)
         if not (folder / f"{builder.NAME}.so").exists():
-            print("compiling DeepSpeed's CPU op (about a minute, once on this machine)", file=sys.stderr)
+            print("compiling DeepSpeed's CPU op (about a minute, once)", file=sys.stderr)
         builder.load(verbose=False)
