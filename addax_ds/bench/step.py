@@ -140,7 +140,7 @@ def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dic
         "floor": lambda: on_engine(Floor, held, **hyper),
         "addax, rademacher": lambda: on_engine(Addax, held, distribution="rademacher", **hyper),
         "addax, normal": lambda: on_engine(Addax, held, **hyper),
-        "one lane after the other, normal": lambda: on_engine(OneAfterTheOther, held, **hyper),
+        "lane after lane, normal": lambda: on_engine(OneAfterTheOther, held, **hyper),
         "textbook, normal": lambda: Textbook(held, lr=1e-5, alpha=1e-3, eps=1e-3),
     }
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}

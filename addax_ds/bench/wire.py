@@ -15,8 +15,8 @@ from addax_ds.training.world import World
 # and head are tied, a forward that gathers for itself gathers their weight twice.
 KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "first-order only": ({"alpha": 0.0}, 3),
-    "one gather a point (perturb: shard)": ({"perturb": "shard"}, 5),
-    "lanes in lockstep": ({}, 3),
+    "perturb: shard": ({"perturb": "shard"}, 5),
+    "lockstep": ({}, 3),
 }
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -113,8 +112,6 @@ def _load(settings: list[str] | None) -> RunConfig:
 
 def main() -> None:
     """Entry point; exits with 2 on bad input."""
-    # torch 2.13 warns of the collectives' new names, which torch 2.11 does not have.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         app()
     except UserError as error:

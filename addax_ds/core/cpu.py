@@ -2,7 +2,8 @@
 
 Bit-equal to `plain.py`: the same float32 operations in the same order, which LLVM neither
 reorders nor contracts without fastmath. Each kernel walks its range in chunks that stay in the
-first-level cache and keeps Philox words as structure of arrays, which is what lets LLVM vectorise.
+first-level cache and keeps Philox words as structure of arrays, and each loop runs over slices from
+their first element: an index that might be negative would be wrapped, by a gather in place of a load.
 """
 
 import ctypes
@@ -60,9 +61,10 @@ def _philox_blocks(out, first, count, query, purpose, key0, key1):
 
 
 @_compile
-def _box_muller_blocks(radial, angular, count, u, z, offset):
-    """`count` pairs of words to normals z[4 b + offset], z[4 b + offset + 1]; u: scratch [count]."""
-    bits = u.view(np.int32)
+def _box_muller_blocks(radial, angular, count):
+    """`count` pairs of words to pairs of normals, in the memory of the words."""
+    u, second = radial.view(np.float32), angular.view(np.float32)
+    bits = radial.view(np.int32)
     for b in range(count):
         u[b] = np.float32(radial[b]) * _2M32 + _2M33
     for b in range(count):
@@ -94,54 +96,83 @@ def _box_muller_blocks(radial, angular, count, u, z, offset):
         y = cosine if odd else sine
         x = -x if quadrant == 1 or quadrant == 2 else x
         y = -y if quadrant >= 2 else y
-        z[4 * b + offset] = radius * x
-        z[4 * b + offset + 1] = radius * y
+        u[b] = radius * x
+        second[b] = radius * y
 
 
 @_compile
-def _noise_chunk(z, words, u, first, query, purpose, key0, key1):
-    """z[CHUNK] of the chunk that starts at element `first`, a multiple of CHUNK."""
+def _noise_chunk(z, words, first, query, purpose, key0, key1):
+    """Words of the chunk that starts at element `first`, a multiple of CHUNK; normals also to z[CHUNK]."""
     if purpose == NORMAL:
         count = CHUNK // 4
         _philox_blocks(words, first // 4, count, query, purpose, key0, key1)
-        _box_muller_blocks(words[0], words[1], count, u, z, 0)
-        _box_muller_blocks(words[2], words[3], count, u, z, 2)
+        _box_muller_blocks(words[0], words[1], count)
+        _box_muller_blocks(words[2], words[3], count)
+        normals = words.view(np.float32)
+        a, b, c, d = normals[0], normals[1], normals[2], normals[3]
+        for i in range(count):
+            z[4 * i] = a[i]
+            z[4 * i + 1] = b[i]
+            z[4 * i + 2] = c[i]
+            z[4 * i + 3] = d[i]
     else:
-        count = CHUNK // 128
-        _philox_blocks(words, first // 128, count, query, purpose, key0, key1)
-        signs = z.view(np.uint32)
-        one = np.uint32(0x3F800000)
-        for b in range(count):
-            for w in range(4):
-                word = words[w, b]
-                base = 128 * b + 32 * w
-                for bit in range(32):
-                    signs[base + bit] = one | np.uint32(((word >> np.uint32(bit)) & np.uint32(1)) << np.uint32(31))
+        _philox_blocks(words, first // 128, CHUNK // 128, query, purpose, key0, key1)
 
 
 @_compile
-def _load(target, source, begin, count, wide):
-    """Float32 values of `count` stored weights; bfloat16 comes as its 16 bits."""
+def _signed(scale, word, bit):
+    sign = np.uint32(word << np.uint32(31 - bit)) & np.uint32(0x80000000)
+    return np.uint32(np.float32(scale).view(np.uint32) ^ sign).view(np.float32)
+
+
+@_compile
+def _add_signs(result, value, words, scale):
+    """result = value + scale z for a whole chunk of signs."""
+    for b in range(CHUNK // 128):
+        for w in range(4):
+            word, begin = words[w, b], 128 * b + 32 * w
+            moved, still = result[begin : begin + 32], value[begin : begin + 32]
+            for i in range(32):
+                moved[i] = still[i] + _signed(scale, word, i)
+
+
+@_compile
+def _add_noise(result, value, z, words, skip, scale, purpose):
+    """result = value + scale z, for the elements of a chunk from `skip` on.
+
+    Signs are taken from the bits of their words: a pass over a z in memory costs as much as all else.
+    """
+    if purpose == NORMAL:
+        part = z[skip : skip + result.size]
+        for i in range(result.size):
+            result[i] = value[i] + part[i] * scale
+        return
+    if result.size == CHUNK:
+        _add_signs(result, value, words, scale)
+    else:
+        for i in range(result.size):
+            place = skip + i
+            result[i] = value[i] + _signed(scale, words[(place >> 5) & 3, place >> 7], place & 31)
+
+
+@_compile
+def _load(target, stored, wide):
+    """Float32 values of stored weights; bfloat16 comes as its 16 bits."""
     if wide:
-        values = source.view(np.float32)
-        for i in range(count):
-            target[i] = values[begin + i]
+        values = stored.view(np.float32)
+        for i in range(stored.size):
+            target[i] = values[i]
     else:
         bits = target.view(np.uint32)
-        for i in range(count):
-            bits[i] = np.uint32(source[begin + i]) << np.uint32(16)
+        for i in range(stored.size):
+            bits[i] = np.uint32(stored[i]) << np.uint32(16)
 
 
 @_compile
-def _store(target, begin, values, count, wide, random, use_random):
-    """Write float32 values as stored weights: bfloat16 to nearest even, or stochastically."""
-    if wide:
-        out = target.view(np.float32)
-        for i in range(count):
-            out[begin + i] = values[i]
-        return
+def _store(stored, values, random, use_random):
+    """Write float32 values as stored bfloat16 weights: to nearest even, or stochastically."""
     bits = values.view(np.uint32)
-    for i in range(count):
+    for i in range(stored.size):
         word = bits[i]
         finite = (word & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
         if use_random:
@@ -150,35 +181,34 @@ def _store(target, begin, values, count, wide, random, use_random):
             up = np.uint32(np.uint32(0x7FFF) + np.uint32((word >> np.uint32(16)) & np.uint32(1)))
         nan = np.uint32(0x400000) if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else np.uint32(0)
         rounded = np.uint32(word + up) if finite else np.uint32(word | nan)
-        target[begin + i] = np.uint16(rounded >> np.uint32(16))
+        stored[i] = np.uint16(rounded >> np.uint32(16))
 
 
 @_compile
 def _draw(out, start, begin, end, query, purpose, key0, key1):
     """out[begin:end] of a range that starts at element `start`."""
     z = np.empty(CHUNK, np.float32)
-    u = np.empty(CHUNK // 4, np.float32)
     words = np.empty((4, CHUNK // 4), np.uint32)
+    zeros = np.full(CHUNK, np.float32(-0.0))  # minus zero is what leaves every number as it is
     element = start + begin
     while element < start + end:
         first = element - element % CHUNK
         stop = min(first + CHUNK, start + end)
-        _noise_chunk(z, words, u, first, query, purpose, key0, key1)
-        for i in range(element, stop):
-            out[i - start] = z[i - first]
+        _noise_chunk(z, words, first, query, purpose, key0, key1)
+        _add_noise(out[element - start : stop - start], zeros, z, words, element - first, np.float32(1.0), purpose)
         element = stop
 
 
 @_compile
-def _perturb(weight, plus, minus, read, write, element, count, scale, query, purpose, key0, key1, wide):
+def _perturb(weight, plus, minus, read, write, element, count, scale, query, purpose, key0, key1, wide, in_place):
     """plus, minus[write:write + count] from weight[read:read + count], elements from `element` on.
 
-    An empty plus or minus is not wanted.
+    An empty plus or minus is not wanted. in_place: whether the other is the weight itself: vector
+    code needs memory apart.
     """
     z = np.empty(CHUNK, np.float32)
-    u = np.empty(CHUNK // 4, np.float32)
     words = np.empty((4, CHUNK // 4), np.uint32)
-    value = np.empty(CHUNK, np.float32)
+    loaded = np.empty(CHUNK, np.float32)
     result = np.empty(CHUNK, np.float32)
     unused = np.empty(0, np.uint16)
     done = 0
@@ -186,16 +216,21 @@ def _perturb(weight, plus, minus, read, write, element, count, scale, query, pur
         first = (element + done) - (element + done) % CHUNK
         skip = element + done - first
         part = min(CHUNK - skip, count - done)
-        _noise_chunk(z, words, u, first, query, purpose, key0, key1)
-        _load(value, weight, read + done, part, wide)
-        if plus.size > 0:
-            for i in range(part):
-                result[i] = value[i] + z[skip + i] * scale
-            _store(plus, write + done, result, part, wide, unused, False)
-        if minus.size > 0:
-            for i in range(part):
-                result[i] = value[i] - z[skip + i] * scale
-            _store(minus, write + done, result, part, wide, unused, False)
+        _noise_chunk(z, words, first, query, purpose, key0, key1)
+        stored = weight[read + done : read + done + part]
+        if wide and not in_place:
+            value = stored.view(np.float32)
+        else:
+            value = loaded
+            _load(loaded, stored, wide)
+        for side, signed in ((plus, scale), (minus, -scale)):
+            if side.size > 0:
+                stored = side[write + done : write + done + part]
+                if wide:
+                    _add_noise(stored.view(np.float32), value, z, words, skip, signed, purpose)
+                else:
+                    _add_noise(result[:part], value, z, words, skip, signed, purpose)
+                    _store(stored, result, unused, False)
         done += part
 
 
@@ -205,7 +240,7 @@ def _perturb_rows(weight, out, rows, width, begin, end, scale, query, purpose, k
     none = out[:0]
     for i in range(begin, end):
         element = rows[i] * width
-        _perturb(weight, out, none, element, i * width, element, width, scale, query, purpose, key0, key1, wide)
+        _perturb(weight, out, none, element, i * width, element, width, scale, query, purpose, key0, key1, wide, False)
 
 
 @_compile
@@ -214,10 +249,9 @@ def _update(
 ):
     """local[begin:end] of a shard that starts at element `start`; gradient: float32, may be empty."""
     z = np.empty(CHUNK, np.float32)
-    u = np.empty(CHUNK // 4, np.float32)
     words = np.empty((4, CHUNK // 4), np.uint32)
-    value = np.empty(CHUNK, np.float32)
-    direction = np.empty(CHUNK, np.float32)
+    loaded = np.empty(CHUNK, np.float32)
+    direction, moved = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     random = np.empty(CHUNK, np.uint16)
     rounding = np.empty((4, CHUNK // 8), np.uint32)
     stochastic = stochastic and not wide
@@ -228,16 +262,21 @@ def _update(
         skip = element - first
         offset = element - start
         if gradient.size > 0:
+            part = gradient[offset : offset + count]
             for i in range(count):
-                direction[i] = gradient[offset + i] * gradient_weight
+                direction[i] = part[i] * gradient_weight
         else:
             direction[:count] = np.float32(0.0)
         for query in range(coefficients.size):
-            _noise_chunk(z, words, u, first, query, purpose, key0, key1)
-            coefficient = coefficients[query]
-            for i in range(count):
-                direction[i] = direction[i] + z[skip + i] * coefficient
-        _load(value, local, offset, count, wide)
+            _noise_chunk(z, words, first, query, purpose, key0, key1)
+            _add_noise(moved[:count], direction, z, words, skip, coefficients[query], purpose)
+            direction, moved = moved, direction  # vector code needs memory apart
+        stored = local[offset : offset + count]
+        if wide:
+            value = stored.view(np.float32)
+        else:
+            value = loaded
+            _load(loaded, stored, wide)
         for i in range(count):
             value[i] = value[i] * decay - direction[i] * lr
         if stochastic:
@@ -246,7 +285,8 @@ def _update(
                 position = skip + i
                 word = rounding[(position >> 1) & 3, position >> 3]
                 random[i] = np.uint16((word >> np.uint32(16 * (position & 1))) & np.uint32(0xFFFF))
-        _store(local, offset, value, count, wide, random, stochastic)
+        if not wide:
+            _store(stored, value, random, stochastic)
         element += count
 
 
@@ -320,7 +360,8 @@ def perturb(
     weight = weight.detach().contiguous()  # kept by name: the arrays are only views of memory
     memory = _stored(weight)
     first, second = (memory[:0] if side is None else _stored(side) for side in (plus, minus))
-    common = (np.float32(point.scale), *_stream(name, point), weight.dtype == torch.float32)
+    in_place = any(side is not None and side.data_ptr() == weight.data_ptr() for side in (plus, minus))
+    common = (np.float32(point.scale), *_stream(name, point), weight.dtype == torch.float32, in_place)
     _split(
         weight.numel(),
         lambda begin, end: _perturb(memory, first, second, begin, begin, start + begin, end - begin, *common),

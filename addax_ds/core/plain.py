@@ -63,10 +63,11 @@ def perturb(
     name: str,
     point: Perturbation,
 ) -> None:
-    """plus <- W + scale z and minus <- W - scale z; W is only read, and a None is not wanted.
+    """plus <- W + scale z and minus <- W - scale z; W is only read, and a side that is None is not wanted.
 
     weight: elements [start, start + n) of the flattened parameter `name`, in any shape; plus and
-    minus: contiguous, of its shape and dtype. The sign of `point` does not enter.
+    minus: contiguous, of its shape and dtype; a side that is wanted alone may be the weight itself.
+    The sign of `point` does not enter.
 
     The sum is taken in float32 and rounded once. `torch.add(w, z, alpha=scale)` on bfloat16 rounds
     otherwise in its vector body than in its tail, so shards and wholes would differ.

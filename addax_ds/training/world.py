@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,6 +87,8 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    # torch 2.13 warns of the collectives' new names, which torch 2.11 does not have.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield World(rank, local_rank, size, device)

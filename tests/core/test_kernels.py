@@ -69,6 +69,17 @@ def test_cpu_perturbation_is_the_plain_one_bit_for_bit(threads, dtype, distribut
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("backend", [plain, cpu])
+def test_a_side_alone_may_be_the_weight_itself(threads, backend, dtype, distribution):
+    weight, point = weights(100_000, dtype), Perturbation(5, 2, 1, 1e-3, distribution)
+    for side, expected in enumerate(perturbed(plain, weight, point, 3)):
+        moved = weight.clone()
+        backend.perturb(moved, 3, *((moved, None) if side == 0 else (None, moved)), "w", point)
+        assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("shape", [(50, 7), (9, 3, 5), (6, 4097), (11,)])
 def test_perturbed_rows_are_those_of_the_whole(dtype, distribution, shape):
     weight, rows = weights(torch.Size(shape).numel(), dtype).view(shape), torch.tensor([5, 0, 3, 3])
