@@ -29,6 +29,8 @@ from addax_ds.training.world import World
 # The quickstart's batches.
 CONFIG = RunConfig(model=MODEL, train_samples=8000, k0=6, k1=16, zo_micro_batch=3, fo_micro_batch=8)
 
+_STEPS = 2  # timed steps of a kind in its turn
+
 
 class Floor(Addax):
     """The same forwards and backward on the same engine, with neither perturbation nor update."""
@@ -51,11 +53,13 @@ class OneAfterTheOther(Addax):
 class Textbook:
     """A step without this package: noise from torch's generator added in place three times, then SGD.
 
-    Every rank moves its own shards, so it is the textbook's step as a sharded engine can run it.
+    Every rank moves its own shards. A sequential generator gives a parameter the same z on every
+    number of ranks only if each rank draws all of it; with `local_noise` a rank draws as much as it
+    holds, and z depends on the sharding.
     """
 
-    def __init__(self, engine: Engine, lr: float, alpha: float, eps: float) -> None:
-        self.engine, self.lr, self.alpha, self.eps = engine, lr, alpha, eps
+    def __init__(self, engine: Engine, lr: float, alpha: float, eps: float, local_noise: bool) -> None:
+        self.engine, self.lr, self.alpha, self.eps, self.local_noise = engine, lr, alpha, eps, local_noise
         parameters = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
         self.names = list(parameters)
         self.steps = 0
@@ -86,9 +90,11 @@ class Textbook:
     def _add_noise(self, scale: float) -> None:
         generator = torch.Generator(self.engine.device).manual_seed(self.steps)
         for name in self.names:
-            local = self.engine.shard(name).local
-            noise = torch.randn(local.shape, generator=generator, device=local.device, dtype=local.dtype)
-            local.add_(noise, alpha=scale)
+            shard = self.engine.shard(name)
+            local, start = shard.local, 0 if self.local_noise else shard.start
+            numel = len(local) if self.local_noise else shard.numel
+            noise = torch.randn(numel, generator=generator, device=local.device, dtype=local.dtype)
+            local.add_(noise[start : start + len(local)], alpha=scale)
 
     @torch.no_grad()
     def _on_gradient(self, name: str, gradient: torch.Tensor) -> None:
@@ -100,9 +106,9 @@ class Textbook:
 
 
 def bench_step(
-    engine: str = "fsdp", ranks: int = 2, rounds: int = 4, config: RunConfig = CONFIG, gigabits: float | None = None
+    engine: str = "fsdp", ranks: int = 2, rounds: int = 3, config: RunConfig = CONFIG, gigabits: float | None = None
 ) -> Bench:
-    """Median seconds of a step of each kind; the kinds take turns.
+    """Median seconds of a step of each kind, normal noise unless named otherwise; the kinds take turns.
 
     gigabits: speed per second of the link between two ranks; None is this machine's own.
     """
@@ -117,21 +123,26 @@ def bench_step(
     with contextlib.nullcontext(()) if gigabits is None else linked(gigabits) as hosts:
         arguments = {"engine": engine, "rounds": rounds, "config": config}
         seconds = on_ranks(time_steps, ranks, seconds=3600.0, hosts=hosts, **arguments)[0]
-    median = {kind: statistics.median(times) for kind, times in seconds.items()}
-    for kind, value in median.items():
+    for kind, times in seconds.items():
         bench.rows.append(
             {
                 "step": kind,
-                "seconds": value,
-                "of the floor": value / median["floor"],
-                "textbook / this": median["textbook, normal"] / value,
+                "seconds": statistics.median(times),
+                "of the floor": ratio(times, seconds["floor"]),
+                "textbook / this": ratio(seconds["textbook"], times),
+                "lane after lane / this": ratio(seconds["lane after lane"], times),
             }
         )
     return bench
 
 
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median over pairs of steps of the same batch in the same round: a slow moment meets both."""
+    return statistics.median(time / other for time, other in zip(times, others, strict=True))
+
+
 def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dict[str, list[float]]:
-    """Seconds of a step of each kind, one a round."""
+    """Seconds of the steps of each kind, _STEPS a round on batches that are the same for all kinds."""
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
     held = sharded_engine(world, engine, config.model)
@@ -140,22 +151,26 @@ def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dic
         "floor": lambda: on_engine(Floor, held, **hyper),
         "addax, rademacher": lambda: on_engine(Addax, held, distribution="rademacher", **hyper),
         "addax, normal": lambda: on_engine(Addax, held, **hyper),
-        "lane after lane, normal": lambda: on_engine(OneAfterTheOther, held, **hyper),
-        "textbook, normal": lambda: Textbook(held, lr=1e-5, alpha=1e-3, eps=1e-3),
+        "lane after lane": lambda: on_engine(OneAfterTheOther, held, **hyper),
+        "textbook": lambda: Textbook(held, lr=1e-5, alpha=1e-3, eps=1e-3, local_noise=False),
+        "textbook, z by shard": lambda: Textbook(held, lr=1e-5, alpha=1e-3, eps=1e-3, local_noise=True),
     }
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds):
-        zo, fo = step_batches(config, prepared, pools, turn, accepted(held.model), held.device)
+        batches = [
+            step_batches(config, prepared, pools, turn * _STEPS + step, accepted(held.model), held.device)
+            for step in range(_STEPS)
+        ]
         for kind, build in kinds.items():
             optimizer = build()
-            for timed in (False, True):  # the first step also builds what later ones keep
+            optimizer.train_step(*batches[0], choice_loss)  # also builds what later steps keep
+            for zo, fo in batches:
                 torch.distributed.barrier()
                 begun = time.perf_counter()
                 optimizer.train_step(zo, fo, choice_loss)
                 if held.device.type == "cuda":
                     torch.cuda.synchronize()
                 torch.distributed.barrier()
-                if timed:
-                    seconds[kind].append(time.perf_counter() - begun)
+                seconds[kind].append(time.perf_counter() - begun)
             optimizer.detach()
     return seconds

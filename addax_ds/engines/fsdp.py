@@ -1,6 +1,7 @@
 """FSDP2: `fully_shard` on a device mesh, one or two dimensions (HSDP)."""
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -106,6 +107,8 @@ class FSDP(ShardedEngine):
         self._hooked: dict[str, nn.Parameter] = {}
         self._handles: list = []
         self._prefetched: Any = None  # the unit whose gather is under way
+        self._order: dict[str, None] = {}  # first module of each unit, as forwards of the host enter them
+        self._overlapped = False
         parameter = self._registered(self.names[0])
         self._mesh = parameter.device_mesh
         self._device = torch.device(self._mesh.device_type)
@@ -177,13 +180,28 @@ class FSDP(ShardedEngine):
         return self._registered(name).full_tensor().detach().clone()
 
     def attach(self, parameters: dict[str, nn.Parameter], gathered: Callable[[], None], on_gradient: OnGradient):
-        for path in (path for unit in self.units for path in unit):
-            # Registered after wrapping, so that it runs with the unit gathered.
-            self._handles.append(self._modules[path].register_forward_pre_hook(lambda *_: gathered()))
+        for unit in self.units:
+            for path in unit:
+                # Registered after wrapping, so that it runs with the unit gathered.
+                self._handles.append(self._modules[path].register_forward_pre_hook(self._enter(unit[0], gathered)))
         for name, parameter in parameters.items():
             self._hooked[name] = parameter
             # FSDP2 itself calls these hooks of the sharded parameter right after the reduce-scatter.
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take(name, on_gradient)))
+
+    def _enter(self, unit: str, gathered: Callable[[], None]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._order.setdefault(unit)
+            gathered()
+
+        return hook
+
+    def _overlap_gathers(self) -> None:
+        """Have each unit of the host begin the gather of the next; FSDP2 itself does so on GPUs only, by streams."""
+        self._root._set_unshard_async_op(True)
+        for unit, following in itertools.pairwise(self._order):
+            module = cast(FSDPModule, self._modules[unit])
+            module.set_modules_to_forward_prefetch([cast(FSDPModule, self._modules[following])])
 
     def _take(self, name: str, on_gradient: OnGradient) -> Callable[[Any], None]:
         def hook(parameter: Any) -> None:
@@ -221,6 +239,9 @@ class FSDP(ShardedEngine):
                 raise UserError("set_reshard_after_backward(False) would leave old weights gathered: leave it at True")
 
     def after_step(self, backward_ran: bool) -> None:
+        if backward_ran and self._device.type == "cpu" and not self._overlapped:
+            self._overlap_gathers()
+            self._overlapped = True
         # A forward without its backward leaves units gathered and listed for a prefetch.
         state = self._root._get_fsdp_state()
         if backward_ran or state._is_root is None:
