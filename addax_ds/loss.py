@@ -1,13 +1,28 @@
 """Losses per sample: over label tokens (the default), or over a task's label words."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from addax_ds.errors import UserError
+
 IGNORED = -100
+
+LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
+"""loss_fn(model, batch) -> [batch], a loss per sample."""
+
+
+def per_sample(losses: torch.Tensor, samples: int | None = None) -> torch.Tensor:
+    """What a loss function returned, as float32 [samples]; raises `UserError` where it is anything else."""
+    is_tensor = isinstance(losses, torch.Tensor)
+    if not is_tensor or losses.ndim != 1 or samples not in (None, len(losses)):
+        expected = "n" if samples is None else samples
+        given = list(losses.shape) if is_tensor else type(losses).__name__
+        raise UserError(f"loss_fn must return one loss per sample, [{expected}]: it returned {given}")
+    return losses.float()
 
 
 def token_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

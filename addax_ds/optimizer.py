@@ -26,10 +26,8 @@ from addax_ds.engines.base import Engine, ShardedEngine
 from addax_ds.engines.choose import choose_engine, register_with_deepspeed
 from addax_ds.engines.placement import MovedShards, choose_placement
 from addax_ds.errors import UserError
-from addax_ds.loss import token_loss
+from addax_ds.loss import LossFunction, per_sample, token_loss
 from addax_ds.micro_batches import Batch, batch_size, cut, fingerprint
-
-LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 @dataclass
@@ -266,7 +264,7 @@ class Addax(torch.optim.Optimizer):
         self._host_is_forwarding = True
         watches = self._watch_host() if self.steps == 0 else []
         try:
-            return _per_sample(loss_fn(self.engine.model, batch), batch)
+            return per_sample(loss_fn(self.engine.model, batch), batch_size(batch))
         finally:
             self._host_is_forwarding = False
             for watch in watches:
@@ -317,7 +315,7 @@ class Addax(torch.optim.Optimizer):
         engine.before_step()
         self._place()
         points = [self._point(seed, query, sign) for query in range(self.config.queries) for sign in (1, -1)]
-        jobs = [Job(lambda model: _per_sample(loss_fn(model)).double().cpu(), point) for point in points]
+        jobs = [Job(lambda model: per_sample(loss_fn(model)).double().cpu(), point) for point in points]
         try:
             self._begin(jobs)
             self._lanes.drive(alike=True)
@@ -453,15 +451,6 @@ def _raise_faults(ranks: list[int], jobs: list[Job]) -> None:
         raise RuntimeError(f"a zeroth-order forward failed on rank {ranks[0]}, which says why: no rank takes this step")
 
 
-def _per_sample(losses: torch.Tensor, batch: Batch | None = None) -> torch.Tensor:
-    """What a loss function returned, checked: float32 [batch]."""
-    expected = "[n]" if batch is None else f"[{batch_size(batch)}]"
-    shape = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-    if not isinstance(losses, torch.Tensor) or losses.ndim != 1 or (batch is not None and shape != [batch_size(batch)]):
-        raise UserError(f"loss_fn must return one loss per sample, {expected}: it returned {shape}")
-    return losses.float()
-
-
 def _loss_of(loss_fn: LossFunction, batch: Batch) -> Callable[[nn.Module], torch.Tensor]:
     """A guest's run: only its losses are kept, no logits."""
-    return lambda model: _per_sample(loss_fn(model, batch), batch).double().cpu()
+    return lambda model: per_sample(loss_fn(model, batch), batch_size(batch)).double().cpu()

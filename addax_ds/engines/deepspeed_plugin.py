@@ -11,6 +11,7 @@ from typing import Any
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.utils import groups
 
 from addax_ds.core.skeleton import strip
 from addax_ds.engines.base import Engine
@@ -72,8 +73,8 @@ def refuse(engine: DeepSpeedEngine) -> None:
             "perturbations would be rounded away: remove the quantized settings",
         ),
         "zero_optimization.zero_hpz_partition_size": (
-            zero.zero_hpz_partition_size > 1,
-            "secondary partitions are not supported: set it to 1",
+            engine.world_size % min(max(zero.zero_hpz_partition_size, 1), engine.world_size) > 0,
+            f"give a divisor of the {engine.world_size} ranks",
         ),
         "zero_optimization.zenflow": (bool(engine.zenflow), "it defers updates: remove it"),
         "compile.deepcompile": (config.compile_config.deepcompile, "it bypasses module hooks: remove it"),
@@ -94,6 +95,8 @@ def attach(engine: DeepSpeedEngine) -> Engine:
         held = Replicated(engine.module, skeleton)
         held.name = f"zero{int(stage)}"
         return held
+    if engine.zero_hpz_partition_size() > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(engine.zero_hpz_partition_size())
     timers = engine.timers
     offload = DeepSpeedZeRoOffload(
         engine.module,
@@ -107,6 +110,7 @@ def attach(engine: DeepSpeedEngine) -> Engine:
         model_persistence_threshold=engine.zero_model_persistence_threshold(),
         offload_param_config=engine.zero_offload_param(),
         mpu=engine.mpu,
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
     )

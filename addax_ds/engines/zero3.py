@@ -69,6 +69,8 @@ class Zero3(ShardedEngine):
     def prefetch(self, path: str) -> None:
         absent = [p for p in self._unit(path) if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if absent:
+            for parameter in absent:
+                parameter.ds_secondary_tensor = None  # hpZ: a unit is gathered from one kind of partition
             self._pending = absent[0].all_gather_coalesced(absent)
             self._prefetched = path
 
@@ -168,3 +170,5 @@ class Zero3(ShardedEngine):
         # What is still gathered is not gathered again: persistent parameters and everything within
         # the reuse distance would go on with the weights of before the update.
         self._offload.partition_all_parameters()
+        for parameter in self._parameters.values():
+            parameter.ds_secondary_tensor = None  # hpZ's copy within a node, of the same old weights

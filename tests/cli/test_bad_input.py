@@ -233,7 +233,6 @@ REFUSED = {
     "fp16": (ds_config(fp16={"enabled": True}), "fp16"),
     "autocast": (ds_config(torch_autocast={"enabled": True, "dtype": "bfloat16"}), "torch_autocast"),
     "quantized weights": (ds_config(zero={"zero_quantized_weights": True}), "zero_quantized_weights"),
-    "hpZ": (ds_config(zero={"zero_hpz_partition_size": 2}), "zero_hpz_partition_size"),
     "ZenFlow": (ds_config(2, zero={"zenflow": {"topk_ratio": 0.1}}), "zenflow"),
     "DeepCompile": (ds_config(compile={"deepcompile": True}), "deepcompile"),
     "unknown ZeRO setting": (ds_config(zero={"stagee": 3}), "stagee"),

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.functional import cross_entropy
 from transformers import (
     BertConfig,
@@ -36,9 +37,24 @@ from addax_ds.optimizer import Addax
 
 VOCABULARY, HIDDEN, LAYERS = 97, 15, 2
 
-ENGINES = ("replicated", "zero0", "zero1", "zero2", "fsdp", "hsdp", "zero3", "zero3-evicting", "zero3-offload")
-"""Every engine. hsdp is 2 x 2 and runs on 4 ranks only. zero3 has DeepSpeed's defaults, under which
-models this small stay gathered through a step; zero3-evicting releases every module after its use."""
+ENGINES = (
+    "replicated",
+    "zero0",
+    "zero1",
+    "zero2",
+    "fsdp",
+    "fsdp-offload",
+    "hsdp",
+    "zero3",
+    "zero3-evicting",
+    "zero3-offload",
+    "zero3-hpz",
+)
+"""Every engine. zero3 has DeepSpeed's defaults, under which models this small stay gathered through
+a step; zero3-evicting releases every module after its use."""
+
+TWO_BY_TWO = ("hsdp", "zero3-hpz")
+"""Engines that run on 4 ranks only."""
 EVICTING = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
@@ -198,12 +214,14 @@ class Running:
 
 
 def deepspeed_config(engine: str, hyper: dict | None = None, **zero: Any) -> dict[str, Any]:
-    """A ds_config for zero0 .. zero3-offload; without `hyper` it names no optimizer."""
+    """A ds_config for zero0 .. zero3-hpz; without `hyper` it names no optimizer."""
     stage = {"stage": int(engine[4]), **zero}
-    if engine.endswith("evicting"):
+    if engine.endswith(("evicting", "hpz")):
         stage = {**EVICTING, **stage}
     if engine.endswith("offload"):
         stage["offload_param"] = {"device": "cpu"}
+    if engine.endswith("hpz"):
+        stage["zero_hpz_partition_size"] = 2
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage}
     return config if hyper is None else {**config, "optimizer": {"type": "Addax", "params": hyper}}
 
@@ -239,8 +257,9 @@ def running(
             optimizer.optimizer.detach()
             wrapped.destroy()
         return
-    if engine == "fsdp":
-        addax_ds.shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    if engine.startswith("fsdp"):
+        options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if engine.endswith("offload") else {}
+        addax_ds.shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), **options)
     elif engine == "hsdp":
         addax_ds.shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     if groups is None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engines.setups import ENGINES, batch_for, build_model, loss_for, running
+from tests.engines.setups import ENGINES, TWO_BY_TWO, batch_for, build_model, loss_for, running
 from tests.world import World
 
 ZO_HYPER = {"alpha": 1.0, "lr": 1e-2, "queries": 2, "weight_decay": 0.05}
@@ -12,7 +12,7 @@ CELLS = [
     pytest.param(size, engine, id=f"{engine}-{size}")
     for engine in ENGINES
     for size in (
-        (4,) if engine == "hsdp" else (1, 2, 3, 4) if engine in ("replicated", "fsdp", "zero3-evicting") else (3,)
+        (4,) if engine in TWO_BY_TWO else (1, 2, 3, 4) if engine in ("replicated", "fsdp", "zero3-evicting") else (3,)
     )
 ]
 
@@ -111,7 +111,16 @@ def guests_outputs(engine: str, model: str) -> None:
 @pytest.mark.parametrize("model", ["llama-tied", "opt-dropout", "bert"])
 @pytest.mark.parametrize(
     ("world", "engine"),
-    [(2, "replicated"), (2, "fsdp"), (2, "zero3"), (2, "zero3-evicting"), (2, "zero3-offload"), (4, "hsdp")],
+    [
+        (2, "replicated"),
+        (2, "fsdp"),
+        (2, "fsdp-offload"),
+        (2, "zero3"),
+        (2, "zero3-evicting"),
+        (2, "zero3-offload"),
+        (4, "hsdp"),
+        (4, "zero3-hpz"),
+    ],
     indirect=["world"],
 )
 def test_guests_compute_what_the_plain_model_computes(world: World, engine: str, model: str):

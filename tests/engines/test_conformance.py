@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from tests.engines.agreement import check_steps
-from tests.engines.setups import ENGINES, batch_for, build_model, loss_for, running
+from tests.engines.setups import ENGINES, TWO_BY_TWO, batch_for, build_model, loss_for, running
 from tests.world import World
 
 MODELS = ("llama-tied", "llama-untied", "opt", "bert")
@@ -23,7 +23,7 @@ def matrix() -> list:
     """Each engine on each world size with another model; each kind of engine with every model."""
     cells = []
     for place, engine in enumerate(ENGINES):
-        sizes = (4,) if engine == "hsdp" else (1, 2, 3, 4)
+        sizes = (4,) if engine in TWO_BY_TWO else (1, 2, 3, 4)
         for size in sizes:
             # On 3 ranks everything is uneven; on 4 some ranks own nothing of a small parameter.
             every = (engine, size) in (("replicated", 3), ("fsdp", 3), ("zero3", 3), ("zero3-evicting", 3), ("hsdp", 4))

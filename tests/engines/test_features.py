@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from tests.engines.agreement import check_steps
-from tests.engines.setups import ENGINES, HIDDEN, batch_for, build_model, loss_for, running
+from tests.engines.setups import ENGINES, HIDDEN, TWO_BY_TWO, batch_for, build_model, loss_for, running
 from tests.world import World
 
 SLOW_LR, LR = 0.02, 0.1
 CELLS = [
     pytest.param(size, engine, id=f"{engine}-{size}")
     for engine in ENGINES
-    for size in ((4,) if engine == "hsdp" else (2, 3))
+    for size in ((4,) if engine in TWO_BY_TWO else (2, 3))
 ]
 ON_EVERY_ENGINE = pytest.mark.parametrize(("world", "engine"), CELLS, indirect=["world"])
 

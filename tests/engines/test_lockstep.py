@@ -84,6 +84,7 @@ def test_lockstep_is_bit_equal_on_every_model(world: World, engine: str, model: 
         ("fsdp", ("autocast", "checkpointing")),
         ("fsdp", ("compile",)),
         ("zero3", ()),
+        ("fsdp-offload", ()),
         ("zero3-offload", ()),
         ("zero3", ("zero.Init",)),
         ("fsdp", ("accelerate",)),
@@ -96,6 +97,7 @@ def test_lockstep_is_bit_equal_with_what_a_step_may_come_with(world: World, engi
     world.run(compare, engine=engine, model="llama-tied", with_=with_)
 
 
+@pytest.mark.parametrize("engine", ["hsdp", "zero3-hpz"])
 @pytest.mark.parametrize("world", [4], indirect=True)
-def test_lockstep_is_bit_equal_on_hsdp(world: World):
-    world.run(compare, engine="hsdp", model="opt")
+def test_lockstep_is_bit_equal_on_two_by_two_ranks(world: World, engine: str):
+    world.run(compare, engine=engine, model="opt")

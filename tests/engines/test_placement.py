@@ -13,7 +13,15 @@ from tests.engines.setups import batch_for, build_model, loss_for, running
 from tests.engines.test_collectives import count_step
 from tests.world import World
 
-SIZES = {"fsdp": (1, 2, 3), "hsdp": (4,), "zero3": (2,), "zero3-evicting": (1, 3), "zero3-offload": (2,)}
+SIZES = {
+    "fsdp": (1, 2, 3),
+    "fsdp-offload": (2,),
+    "hsdp": (4,),
+    "zero3": (2,),
+    "zero3-evicting": (1, 3),
+    "zero3-offload": (2,),
+    "zero3-hpz": (4,),
+}
 CELLS = [pytest.param(size, engine, id=f"{engine}-{size}") for engine, sizes in SIZES.items() for size in sizes]
 
 

@@ -29,7 +29,6 @@ DEEPSPEED_SETTINGS = {
         {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
     ),
     "zero_optimization.zero_quantized_weights": ("zero3", {"zero_optimization": {"zero_quantized_weights": True}}),
-    "zero_optimization.zero_hpz_partition_size": ("zero3", {"zero_optimization": {"zero_hpz_partition_size": 2}}),
     "zero_optimization.zenflow": (
         "zero2",
         {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}, "offload_optimizer": {"device": "cpu"}}},
@@ -64,6 +63,16 @@ def test_deepspeed_settings_are_refused_by_name(world: World, setting: str):
     for message in messages:
         assert setting in message or (setting.endswith("zenflow") and "offload_optimizer" in message)
         assert ": " in message and "\n" not in message  # says what to do, in one line
+
+
+def initialize_with_uneven_nodes() -> None:
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size .* give a divisor of the 3 ranks"):
+        running("zero3-hpz", build_model(MODEL)).__enter__()
+
+
+@pytest.mark.parametrize("world", [3], indirect=True)
+def test_hpz_partitions_that_do_not_divide_the_ranks_are_refused(world: World):
+    world.run(initialize_with_uneven_nodes)
 
 
 def initialize_with_defaults() -> None:
