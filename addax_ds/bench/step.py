@@ -47,11 +47,13 @@ class OneAfterTheOther(Addax):
 
     def _begin(self, jobs: list[Job]) -> None:
         for job in jobs:
-            self._lanes.run([job])
+            self._lanes.run([job], alike=True)
 
 
 class Textbook:
-    """A step without this package: noise from torch's generator added in place three times, then SGD.
+    """A step without this package: noise from torch's generator, drawn tensor by tensor.
+
+    It is added in place three times and once more for the update, which is in-place SGD otherwise.
 
     Every rank moves its own shards. A sequential generator gives a parameter the same z on every
     number of ranks only if each rank draws all of it; with `local_noise` a rank draws as much as it
@@ -88,7 +90,8 @@ class Textbook:
 
     @torch.no_grad()
     def _add_noise(self, scale: float) -> None:
-        generator = torch.Generator(self.engine.device).manual_seed(self.steps)
+        own = self.engine.rank if self.local_noise else 0
+        generator = torch.Generator(self.engine.device).manual_seed(self.steps * self.engine.world_size + own)
         for name in self.names:
             shard = self.engine.shard(name)
             local, start = shard.local, 0 if self.local_noise else shard.start
@@ -137,7 +140,7 @@ def bench_step(
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """Median over pairs of steps of the same batch in the same round: a slow moment meets both."""
+    """Median over pairs of steps of the same batch in the same round."""
     return statistics.median(time / other for time, other in zip(times, others, strict=True))
 
 

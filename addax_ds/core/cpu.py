@@ -122,7 +122,7 @@ def _noise_chunk(z, words, first, query, purpose, key0, key1):
 @_compile
 def _signed(scale, word, bit):
     sign = np.uint32(word << np.uint32(31 - bit)) & np.uint32(0x80000000)
-    return np.uint32(np.float32(scale).view(np.uint32) ^ sign).view(np.float32)
+    return np.uint32(np.float32(scale).view(np.uint32) ^ sign).view(np.float32)  # numba views scalars of numpy only
 
 
 @_compile

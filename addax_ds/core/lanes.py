@@ -199,6 +199,12 @@ class Lanes:
             for path, module, _ in owned_weights(skeleton)
             if any(id(inner) in owners for inner in module.modules() if inner is not module)
         }
+        self._in_blocks = {
+            f"{blocks}.{path}" if blocks else path
+            for blocks, repeated in skeleton.named_modules()
+            if isinstance(repeated, nn.ModuleList)
+            for path, _ in repeated.named_modules()
+        }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
         # The copies of the module and direction at hand: {parameter name: (plus, minus)}.
         self._copies_of: tuple | None = None
@@ -324,7 +330,7 @@ class Lanes:
         for local, name in owned.items():
             weight = fetched[local]
             moves = point.sign != 0 and self._weights.trainable(name)
-            if is_made_where_read(module, local, weight):
+            if is_made_where_read(module, local, weight, path in self._in_blocks):
                 fetched[local] = Moved(weight, name, point if moves else Perturbation())
             elif moves:
                 copied[local] = name

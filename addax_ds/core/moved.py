@@ -15,14 +15,17 @@ from addax_ds.core.plain import Perturbation
 CHUNK = 1 << 22
 
 
-def is_made_where_read(module: nn.Module, local: str, weight: torch.Tensor) -> bool:
-    """Whether a module's weight is worth a `Moved` in place of a copy."""
+def is_made_where_read(module: nn.Module, local: str, weight: torch.Tensor, in_block: bool) -> bool:
+    """Whether a module's weight is worth a `Moved` in place of a copy.
+
+    in_block: whether the module stands in a repeated block. Outside of them, a large linear layer is
+    the head of a large vocabulary.
+    """
     if local != "weight":
         return False
     if isinstance(module, nn.Embedding):
         return module.max_norm is None  # else the forward writes into its weight
-    # Heads of large vocabularies, by their shape: they are several times any other weight.
-    return isinstance(module, nn.Linear) and weight.numel() > CHUNK and weight.shape[0] > 4 * weight.shape[1]
+    return isinstance(module, nn.Linear) and not in_block and weight.numel() > CHUNK
 
 
 class Moved(torch.Tensor):

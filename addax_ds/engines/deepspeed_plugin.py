@@ -8,6 +8,7 @@ optimizer to DeepSpeed. Names of DeepSpeed's internals were checked against vers
 import functools
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -87,6 +88,25 @@ def refuse(engine: DeepSpeedEngine) -> None:
             raise UserError(f"DeepSpeed setting {setting} cannot be used with Addax: {remedy}")
 
 
+def _hpz_group(engine: DeepSpeedEngine) -> Any:
+    """The ranks that hold a secondary copy together, with `zero_hpz_partition_size`; else None.
+
+    DeepSpeed keeps one such group a process, for good.
+    """
+    if engine.zero_hpz_partition_size() <= 1:
+        return None
+    size = min(engine.zero_hpz_partition_size(), engine.world_size)
+    if groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(size)
+    group = groups._get_zero_param_intra_parallel_group()
+    if dist.get_world_size(group) != size:
+        raise UserError(
+            f"zero_hpz_partition_size {size}: this process has partitions of {dist.get_world_size(group)} ranks "
+            "already: keep one size a process"
+        )
+    return group
+
+
 def attach(engine: DeepSpeedEngine) -> Engine:
     """What holds the weights at the engine's ZeRO stage."""
     skeleton = strip(engine.module)
@@ -95,8 +115,6 @@ def attach(engine: DeepSpeedEngine) -> Engine:
         held = Replicated(engine.module, skeleton)
         held.name = f"zero{int(stage)}"
         return held
-    if engine.zero_hpz_partition_size() > 1 and groups._get_zero_param_intra_parallel_group() is None:
-        groups._create_zero_param_parallel_group(engine.zero_hpz_partition_size())
     timers = engine.timers
     offload = DeepSpeedZeRoOffload(
         engine.module,
@@ -110,7 +128,7 @@ def attach(engine: DeepSpeedEngine) -> Engine:
         model_persistence_threshold=engine.zero_model_persistence_threshold(),
         offload_param_config=engine.zero_offload_param(),
         mpu=engine.mpu,
-        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+        zero_param_parallel_group=_hpz_group(engine),
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
     )

@@ -206,6 +206,9 @@ class FSDP(ShardedEngine):
     def _take(self, name: str, on_gradient: OnGradient) -> Callable[[Any], None]:
         def hook(parameter: Any) -> None:
             gradient, parameter.grad = parameter.grad, None
+            if gradient._local_tensor.device.type != self._device.type:
+                # CPU offload: the copy to the CPU may still be under way.
+                torch.cuda.current_stream().synchronize()
             on_gradient(name, gradient._local_tensor.view(-1))
 
         return hook
@@ -224,22 +227,12 @@ class FSDP(ShardedEngine):
                 )
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                self._check(module)
-
-    def _check(self, module: FSDPModule) -> None:
-        for group in _parameter_groups_of(module._get_fsdp_state()):
-            if not group.reduce_grads:
-                raise UserError(
-                    "set_requires_gradient_sync(False) (accelerate's no_sync) would drop gradients in silence: "
-                    "leave it on; train_step cuts batches into micro-batches itself"
-                )
-            if not group.all_reduce_grads:
-                raise UserError("set_requires_all_reduce(False) would drop gradients in silence: leave it at True")
-            if not group.reshard_after_backward:
-                raise UserError("set_reshard_after_backward(False) would leave old weights gathered: leave it at True")
+                for group in _parameter_groups_of(module._get_fsdp_state()):
+                    _check(group)
+                    _end_gather(group)
 
     def after_step(self, backward_ran: bool) -> None:
-        if backward_ran and self._device.type == "cpu" and not self._overlapped:
+        if backward_ran and self._order and self._device.type == "cpu" and not self._overlapped:
             self._overlap_gathers()
             self._overlapped = True
         # A forward without its backward leaves units gathered and listed for a prefetch.
@@ -254,6 +247,26 @@ class FSDP(ShardedEngine):
             for group in _parameter_groups_of(unit):
                 for parameter in group.fsdp_params:
                     _forget_gradients(parameter)
+
+
+def _check(group: Any) -> None:
+    """Raises `UserError` for settings of FSDP2 that would spoil a step."""
+    if not group.reduce_grads:
+        raise UserError(
+            "set_requires_gradient_sync(False) (accelerate's no_sync) would drop gradients in silence: "
+            "leave it on; train_step cuts batches into micro-batches itself"
+        )
+    if not group.all_reduce_grads:
+        raise UserError("set_requires_all_reduce(False) would drop gradients in silence: leave it at True")
+    if not group.reshard_after_backward:
+        raise UserError("set_reshard_after_backward(False) would leave old weights gathered: leave it at True")
+
+
+def _end_gather(group: Any) -> None:
+    """Drop what a forward that went no further has begun to gather: the weights may have changed since."""
+    if group._all_gather_result is not None:
+        group.wait_for_unshard()
+        group.reshard()
 
 
 def _forget_gradients(parameter: Any) -> None:

@@ -5,7 +5,7 @@ gradient buffer). Names of DeepSpeed's internals in this file were checked again
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import deepspeed
@@ -69,8 +69,7 @@ class Zero3(ShardedEngine):
     def prefetch(self, path: str) -> None:
         absent = [p for p in self._unit(path) if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if absent:
-            for parameter in absent:
-                parameter.ds_secondary_tensor = None  # hpZ: a unit is gathered from one kind of partition
+            _forget_secondary(absent)  # a unit is gathered from one kind of partition
             self._pending = absent[0].all_gather_coalesced(absent)
             self._prefetched = path
 
@@ -91,6 +90,7 @@ class Zero3(ShardedEngine):
     def _partition(self, path: str) -> None:
         unit = self._unit(path)
         unit[0].partition(param_list=unit)
+        _forget_secondary(unit)  # no backward follows that would read it
 
     def shard(self, name: str) -> Shard:
         parameter = self._parameters[name]
@@ -170,5 +170,10 @@ class Zero3(ShardedEngine):
         # What is still gathered is not gathered again: persistent parameters and everything within
         # the reuse distance would go on with the weights of before the update.
         self._offload.partition_all_parameters()
-        for parameter in self._parameters.values():
-            parameter.ds_secondary_tensor = None  # hpZ's copy within a node, of the same old weights
+        _forget_secondary(self._parameters.values())  # they hold the same old weights
+
+
+def _forget_secondary(parameters: Iterable) -> None:
+    """Drop the copies of hpZ, which DeepSpeed makes at every release and prefers to the shards."""
+    for parameter in parameters:
+        parameter.ds_secondary_tensor = None
