@@ -227,7 +227,7 @@ class FSDP(ShardedEngine):
                 )
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                for group in _parameter_groups_of(module._get_fsdp_state()):
+                for group in parameter_groups_of(module._get_fsdp_state()):
                     _check(group)
                     _end_gather(group)
 
@@ -244,7 +244,7 @@ class FSDP(ShardedEngine):
         else:
             _reset_iteration(state)
         for unit in state._state_ctx.all_states:
-            for group in _parameter_groups_of(unit):
+            for group in parameter_groups_of(unit):
                 for parameter in group.fsdp_params:
                     _forget_gradients(parameter)
 
@@ -283,7 +283,7 @@ def _reset_iteration(root: Any) -> None:
     for state in root._state_ctx.all_states:
         state._modules_to_run_forward.clear()
         state._training_state = TrainingState.IDLE
-        for group in _parameter_groups_of(state):
+        for group in parameter_groups_of(state):
             group.wait_for_unshard()
             group._post_forward_indices.clear()
             group._training_state = TrainingState.IDLE
@@ -292,7 +292,8 @@ def _reset_iteration(root: Any) -> None:
     root._state_ctx.post_backward_final_callback_queued = False
 
 
-def _parameter_groups_of(state: Any) -> list:
+def parameter_groups_of(state: Any) -> list:
+    """FSDP2's parameter groups of a unit's state, for every supported torch."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch before 2.13
         groups = [state._fsdp_param_group]

@@ -319,6 +319,30 @@ class Language(nn.Module):
         return self.head(torch.tanh(self.embed(ids)))
 
 
+class Stacked(nn.Module):
+    """A large layer in a block, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 50), nn.Linear(50, 6)])
+        self.head = nn.Linear(6, 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def test_layers_of_a_block_are_copied_for_both_signs_however_large(monkeypatch):
+    monkeypatch.setattr(moved_module, "CHUNK", 100)
+    monkeypatch.setattr(moved_module, "perturb", lambda *arguments: made.append(arguments[4]) or perturb(*arguments))
+    perturb, made = lanes_module.perturb, []
+    model = Stacked()
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model))
+    lanes.run([Job(lambda m: m(torch.ones(2, 6)), point) for point in points()])
+    assert set(made) == {"head.weight"}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [1 << 26, 100, 6, 1])
 def test_rows_and_chunks_of_large_weights_are_made_where_they_are_read(monkeypatch, tied, chunk):

@@ -221,7 +221,7 @@ def deepspeed_config(engine: str, hyper: dict | None = None, **zero: Any) -> dic
     if engine.endswith("offload"):
         stage["offload_param"] = {"device": "cpu"}
     if engine.endswith("hpz"):
-        stage["zero_hpz_partition_size"] = 2
+        stage.setdefault("zero_hpz_partition_size", 2)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage}
     return config if hyper is None else {**config, "optimizer": {"type": "Addax", "params": hyper}}
 

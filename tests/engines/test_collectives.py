@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from addax_ds.engines.fsdp import parameter_groups_of
 from tests.engines.setups import batch_for, build_model, loss_for, running
 from tests.world import World
 
@@ -112,3 +113,26 @@ def count_after_a_skip(engine: str) -> None:
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_a_forward_without_its_backward_leaves_no_stray_gather(world: World, engine: str):
     world.run(count_after_a_skip, engine=engine)
+
+
+def gathers_begun_ahead() -> list[bool]:
+    """As the host enters the first block, whether the second block's gather is under way; one a forward."""
+    model = build_model("llama-tied")
+    ahead = []
+    with running("fsdp", model) as run:
+        first, second = model.model.layers[:2]
+
+        def note(*_) -> None:
+            (group,) = parameter_groups_of(second._get_fsdp_state())
+            ahead.append(group._all_gather_result is not None)
+
+        first.register_forward_pre_hook(note)
+        for step in range(2):
+            run.train_step(batch_for("llama", 2, 12, step), batch_for("llama", 2, 6, step))
+    return ahead
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_fsdp_on_cpus_gathers_the_next_unit_while_this_one_computes(world: World):
+    for ahead in world.run(gathers_begun_ahead):
+        assert not ahead[0] and ahead[-1]

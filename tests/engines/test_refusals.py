@@ -75,6 +75,21 @@ def test_hpz_partitions_that_do_not_divide_the_ranks_are_refused(world: World):
     world.run(initialize_with_uneven_nodes)
 
 
+def initialize_with_two_partition_sizes() -> None:
+    with running("zero3-hpz", build_model(MODEL)):
+        pass
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size 4: .* partitions of 2 ranks"):
+        running("zero3-hpz", build_model(MODEL), zero={"zero_hpz_partition_size": 4}).__enter__()
+    with running("zero3-evicting", build_model(MODEL)) as run:
+        run.train_step(batch_for(MODEL, 2, 12), batch_for(MODEL, 2, 6))
+        assert run.engine._parameters[run.engine.names[0]].ds_secondary_tensor_num_of_groups == 1
+
+
+@pytest.mark.parametrize("world", [4], indirect=True)
+def test_a_process_keeps_one_hpz_partition_size_and_plain_zero3_has_none(world: World):
+    world.run(initialize_with_two_partition_sizes)
+
+
 def initialize_with_defaults() -> None:
     """DeepSpeed clips at 1.0 unless told otherwise; nobody asked for it, so it is off, not refused."""
     with running("zero3", build_model(MODEL)) as run:
