@@ -5,8 +5,9 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,14 +19,20 @@ _GRACE = 3.0  # seconds that the other ranks have to say what became of them
 
 
 def on_ranks(
-    case: Callable[..., Any], ranks: int, *, seconds: float = 900.0, hosts: Sequence[Host] = (), **arguments: Any
+    case: Callable[..., Any],
+    ranks: int,
+    *,
+    seconds: float = 900.0,
+    hosts: Sequence[Host] = (),
+    variables: Mapping[str, str] = MappingProxyType({}),
+    **arguments: Any,
 ) -> list[Any]:
     """case(world, **arguments) on every rank; what each returned, by rank.
 
     case: a function of a module, with picklable arguments and result. On GPUs there is one rank for
     each; CPU ranks share the threads. hosts: where each rank runs, if not on this machine's own
-    network. Raises `UserError` where a rank fails or time runs out, once
-    every process has ended.
+    network. variables: further environment of the ranks. Raises `UserError` where a rank fails or
+    time runs out, once every process has ended.
     """
     gpus = torch.cuda.device_count()
     if gpus and gpus < ranks:
@@ -34,7 +41,7 @@ def on_ranks(
         )
     threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
     address = hosts[0].address if hosts else "127.0.0.1"
-    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(_free_port())}
+    environment = {**variables, "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(_free_port())}
     environment["OMP_NUM_THREADS"] = str(threads)
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"

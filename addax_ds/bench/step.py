@@ -124,7 +124,7 @@ def bench_step(
     link = "" if gigabits is None else f", joined at {gigabits:g} Gbit/s"
     bench = Bench("step", f"seconds per step, {config.model} on {config.data}, {engine}, {ranks} ranks{link}")
     with contextlib.nullcontext(()) if gigabits is None else linked(gigabits) as hosts:
-        arguments = {"engine": engine, "rounds": rounds, "config": config}
+        arguments: dict[str, Any] = {"engine": engine, "rounds": rounds, "config": config}
         seconds = on_ranks(time_steps, ranks, seconds=3600.0, hosts=hosts, **arguments)[0]
     for kind, times in seconds.items():
         bench.rows.append(
