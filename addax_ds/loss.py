@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,8 @@ from addax_ds.errors import UserError
 
 IGNORED = -100
 
-LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
-"""loss_fn(model, batch) -> [batch], a loss per sample."""
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+"""loss_fn(model, batch) -> [batch], a loss per sample; a batch is what the model takes."""
 
 
 def per_sample(losses: torch.Tensor, samples: int | None = None) -> torch.Tensor:

@@ -90,8 +90,8 @@ class Textbook:
 
     @torch.no_grad()
     def _add_noise(self, scale: float) -> None:
-        own = self.engine.rank if self.local_noise else 0
-        generator = torch.Generator(self.engine.device).manual_seed(self.steps * self.engine.world_size + own)
+        own = self.engine.rank << 32 if self.local_noise else 0
+        generator = torch.Generator(self.engine.device).manual_seed(self.steps + own)
         for name in self.names:
             shard = self.engine.shard(name)
             local, start = shard.local, 0 if self.local_noise else shard.start

@@ -2,8 +2,8 @@
 
 Bit-equal to `plain.py`: the same float32 operations in the same order, which LLVM neither
 reorders nor contracts without fastmath. Each kernel walks its range in chunks that stay in the
-first-level cache and keeps Philox words as structure of arrays, and each loop runs over slices from
-their first element: an index that might be negative would be wrapped, by a gather in place of a load.
+first-level cache and keeps Philox words as structure of arrays, and loops over whole chunks run over
+slices from their first element: an index that might be negative would be wrapped, by a gather in place of a load.
 """
 
 import ctypes
