@@ -5,43 +5,29 @@ forward, one all-reduce of the losses, and then the backward, in which each grad
 its shard together with the zeroth-order part as soon as it leaves its reduction.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from addax_ds.config import AddaxConfig, build
-from addax_ds.core import kernels
 from addax_ds.core.checkpointing import refuse_reentrant
 from addax_ds.core.dropout import dropout
 from addax_ds.core.lanes import Job, Lanes, raise_first
 from addax_ds.core.noise import step_seed
-from addax_ds.core.plain import Perturbation, Step
-from addax_ds.core.scalars import Scalars, projected_gradients
+from addax_ds.core.plain import Perturbation
+from addax_ds.core.scalars import RankSums, Scalars, projected_gradients
 from addax_ds.engines.base import Engine, ShardedEngine
 from addax_ds.engines.choose import choose_engine, register_with_deepspeed
 from addax_ds.engines.placement import MovedShards, choose_placement
 from addax_ds.errors import UserError
 from addax_ds.loss import LossFunction, per_sample, token_loss
 from addax_ds.micro_batches import Batch, batch_size, cut, fingerprint
+from addax_ds.updates import Pending, Updates
 
-
-@dataclass
-class _Pending:
-    """A step whose scalars are known and whose writes are under way."""
-
-    seed: int
-    coefficients: tuple[float, ...]
-    """alpha * g0_q / Q, one per direction; empty without a zeroth-order part."""
-    gradient_weight: float
-    skipped: bool = False
-    accumulating: bool = False
-    """Gradients are added up: another first-order micro-batch of this rank follows."""
-    written: set[str] = field(default_factory=set)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Addax(torch.optim.Optimizer):
@@ -63,8 +49,6 @@ class Addax(torch.optim.Optimizer):
         self.placement = ""
         """Where the noise is added, "gathered" or "shard"; empty before the first zeroth-order step."""
         self.placement_reason = ""
-        self._pending: _Pending | None = None
-        self._accumulated: dict[str, torch.Tensor] = {}
         self._host_is_forwarding = False
         self._host_entered: set[str] = set()  # paths of modules, noted in the first step
         defaults = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
@@ -101,7 +85,7 @@ class Addax(torch.optim.Optimizer):
         for name, p in parameters.items():
             if p.dtype not in (torch.float32, torch.bfloat16):
                 raise UserError(f"{name} is {p.dtype}: load the model in float32 or bfloat16")
-        self._group_of = {name: group_of[id(p)] for name, p in parameters.items()}
+        indices = {name: group_of[id(p)] for name, p in parameters.items()}
         if self.config.perturb == "shard" and not isinstance(engine, ShardedEngine):
             raise UserError(
                 "perturb: shard needs sharded weights, and here every rank holds all: set perturb: gathered"
@@ -109,7 +93,8 @@ class Addax(torch.optim.Optimizer):
         self._engine, self.placement = engine, ""
         engine.trainable_names = set(parameters)
         self._lanes = Lanes(engine.model, engine.skeleton, engine)
-        engine.attach(parameters, self._unit_gathered, self._on_gradient)
+        self._updates = Updates(engine, self.config, lambda: self.param_groups, indices, self._own_backward)
+        engine.attach(parameters, self._unit_gathered, self._updates.on_gradient)
 
     def detach(self) -> None:
         """Remove every hook and end the guests' threads."""
@@ -158,6 +143,7 @@ class Addax(torch.optim.Optimizer):
         mine = fingerprint(zo + fo)
         scalars.put_fingerprint(engine.rank, mine)
         self._check_idle()
+        self._updates.begin()
         refuse_reentrant(engine.model)
         engine.before_step()
         if self.steps == 0:
@@ -181,17 +167,17 @@ class Addax(torch.optim.Optimizer):
                 scalars.check_fingerprints()
                 if self.steps == 0:
                     engine.check_reached(self._lanes.entered | self._host_entered)
-                metrics, self._pending = self._decide(*scalars.zo_means(), scalars.fo_mean(), seed, 1.0 - config.alpha)
+                means = *scalars.zo_means(), scalars.fo_mean()
+                metrics, self._updates.pending = self._decide(*means, seed, 1.0 - config.alpha)
                 self.steps += 1
                 if loss is not None and not metrics["skipped"]:
                     loss.backward()
                     backward_ran = True
-                self._write_rest()
+                self._updates.write_rest()
             return metrics
         finally:
             self._lanes.abandon()
-            self._pending = None
-            self._accumulated = {}
+            self._updates.end()
             engine.after_step(backward_ran)
 
     def _guests(
@@ -247,7 +233,7 @@ class Addax(torch.optim.Optimizer):
         rounds = range(0, len(fo), self.engine.world_size)
         for first in rounds:
             if loss is not None:
-                self._pending = _Pending(seed, (), 1.0, accumulating=True)
+                self._updates.pending = Pending(seed, (), 1.0, accumulating=True)
                 loss.backward()
             mine = first + self.engine.rank
             if mine < len(fo):
@@ -281,11 +267,13 @@ class Addax(torch.optim.Optimizer):
 
     def _decide(
         self, plus: list[float], minus: list[float], loss_fo: float | None, seed: int, gradient_weight: float
-    ) -> tuple[dict[str, Any], _Pending]:
+    ) -> tuple[dict[str, Any], Pending]:
         """Metrics and writes of a step, from the mean losses over all ranks."""
         config = self.config
         g0 = projected_gradients(plus, minus, config.eps)
-        skipped = not all(map(math.isfinite, [*plus, *minus, loss_fo or 0.0]))
+        coefficients = tuple(config.alpha * g / config.queries for g in g0)
+        # Beyond float32 an update would be as good as infinite.
+        skipped = not all(abs(x) <= _LARGEST for x in [*plus, *minus, loss_fo or 0.0, *coefficients])
         metrics = {
             "step": self.steps + 1,
             "seed": seed,
@@ -295,8 +283,7 @@ class Addax(torch.optim.Optimizer):
             "lr": float(self.param_groups[0]["lr"]),
             "skipped": skipped,
         }
-        coefficients = tuple(config.alpha * g / config.queries for g in g0)
-        return metrics, _Pending(seed, coefficients, gradient_weight, skipped)
+        return metrics, Pending(seed, coefficients, gradient_weight, skipped)
 
     # -- the loops of others --------------------------------------------------------------------
 
@@ -311,6 +298,7 @@ class Addax(torch.optim.Optimizer):
         """
         engine, seed = self.engine, step_seed(self.config.seed, self.steps)
         self._check_idle()
+        self._updates.begin()
         refuse_reentrant(engine.model)
         engine.before_step()
         self._place()
@@ -321,25 +309,28 @@ class Addax(torch.optim.Optimizer):
             self._lanes.drive(alike=True)
         finally:
             self._lanes.abandon()  # those that a failure has left
-        # Sums of losses, the number of samples, and which ranks have failed.
-        scalars = torch.zeros(len(jobs) + 1 + engine.world_size, dtype=torch.float64)
+        scalars = RankSums(len(jobs), engine.world_size)
         if any(job.error for job in jobs):
-            scalars[len(jobs) + 1 + engine.rank] = 1.0
+            scalars.put_fault(engine.rank)
         else:
-            losses = [job.result for job in jobs]
-            sums = [math.fsum(loss.tolist()) if loss.isfinite().all() else math.nan for loss in losses]
-            scalars[: len(jobs) + 1] = torch.tensor([*sums, len(losses[0])], dtype=torch.float64)
-        scalars = engine.sum(scalars)
-        _raise_faults(scalars[len(jobs) + 1 :].nonzero().flatten().tolist(), jobs)
+            scalars.put([job.result for job in jobs])
+        scalars.vector = engine.sum(scalars.vector)
+        _raise_faults(scalars.faults(), jobs)
         if self.steps == 0:
             engine.check_reached(self._lanes.entered)
-        *totals, count = scalars[: len(jobs) + 1].tolist()
-        means = [total / count for total in totals]
-        metrics, self._pending = self._decide(means[0::2], means[1::2], None, seed, self._own_loop_weight())
+        means = scalars.means()
+        metrics, self._updates.pending = self._decide(means[0::2], means[1::2], None, seed, self._own_loop_weight())
         return metrics
 
     def _own_loop_weight(self) -> float:
         return (1.0 - self.config.alpha) / self.engine.world_size
+
+    def _own_backward(self) -> Pending:
+        """What a backward without a probe amounts to: in-place SGD."""
+        if self.config.alpha > 0:
+            raise RuntimeError("a backward without probe(): call probe() before it, or train_step()")
+        self._updates.begin()
+        return Pending(step_seed(self.config.seed, self.steps), (), self._own_loop_weight())
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """End of a step begun by `probe` or, with alpha 0, by a backward; without one, nothing.
@@ -348,73 +339,42 @@ class Addax(torch.optim.Optimizer):
         """
         if closure is not None:
             raise UserError("Addax.step takes no closure: call probe, backward and step, or train_step")
-        if self._pending is None:
+        pending = self._updates.pending
+        if pending is None:
             return
         try:
-            if self.config.alpha < 1 and not self._pending.written and not self._pending.skipped:
+            if self.config.alpha < 1 and not pending.written and not pending.skipped:
                 raise UserError(
                     "no gradient reached Addax before step(): run the backward between probe() and step(), "
                     "and leave the engine's gradient synchronisation on"
                 )
-            self._write_rest()
+            self._updates.write_rest()
             self.steps += 1
         finally:
-            self._pending = None
+            self._updates.end()
             self.engine.after_step(True)
 
-    # -- writes ---------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _on_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        """A gradient has left its reduction: apply it now, or add it up until the last micro-batch."""
-        pending = self._pending
-        if pending is None:
-            if self.config.alpha > 0:
-                raise RuntimeError("a backward without probe(): call probe() before it, or train_step()")
-            seed = step_seed(self.config.seed, self.steps)
-            pending = self._pending = _Pending(seed, (), self._own_loop_weight())
-        if pending.accumulating:
-            if name in self._accumulated:
-                self._accumulated[name].add_(gradient)
-            else:
-                self._accumulated[name] = gradient.float().clone()
-        elif not pending.skipped:
-            if name in pending.written:
-                raise RuntimeError(
-                    f"{name} got two gradients in one step, the second on moved weights: accumulate by "
-                    "train_step's micro-batches, and checkpoint activations with use_reentrant=False"
-                )
-            self._write(name, gradient, pending)
-
-    @torch.no_grad()
-    def _write_rest(self) -> None:
-        """Update what got no gradient in the last backward."""
-        pending = self._pending
-        if pending is None or pending.skipped:
-            return
-        for name in sorted(self._group_of.keys() - pending.written):
-            if pending.coefficients or name in self._accumulated:
-                self._write(name, None, pending)
-
-    def _write(self, name: str, gradient: torch.Tensor | None, pending: _Pending) -> None:
-        """The fused update of this rank's shard of one parameter."""
-        if name in self._accumulated:
-            earlier = self._accumulated.pop(name)
-            gradient = earlier if gradient is None else earlier.add_(gradient)
-        group, shard = self.param_groups[self._group_of[name]], self.engine.shard(name)
-        step = Step(
-            seed=pending.seed,
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            gradient_weight=pending.gradient_weight,
-            coefficients=pending.coefficients,
-            distribution=self.config.distribution,
-            stochastic=self.config.rounding == "stochastic",
-        )
-        kernels.update(shard.local, shard.start, gradient, name, step)
-        pending.written.add(name)
-
     # -- everything else ------------------------------------------------------------------------
+
+    def replay(self, steps: list[tuple[int, tuple[float, ...], float]]) -> None:
+        """Repeat zeroth-order steps, (seed, g0, lr) each, without their forwards: the same bits.
+
+        For steps of alpha 1 under these hyper-parameters, in order; a skipped one has no g0. No
+        collectives: every rank moves its own shards.
+        """
+        self._check_idle()
+        writes = []
+        for seed, g0, lr in steps:
+            coefficients = tuple(self.config.alpha * g / self.config.queries for g in g0)
+            writes.append((Pending(seed, coefficients, 1.0 - self.config.alpha), lr))
+        self._updates.replay([write for write in writes if write[0].coefficients])
+        self.steps += len(steps)
+        self.engine.after_step(True)
+
+    @property
+    def gradients_left_out(self) -> int:
+        """Gradient elements that were not finite on this rank in the last step, and were taken as zero."""
+        return int(self._updates.left_out.item())
 
     def run_guests(self, runs: list[Callable[[nn.Module], Any]]) -> list[Any]:
         """Forwards of the unperturbed model in evaluation mode, on one gather of every unit.
@@ -440,7 +400,7 @@ class Addax(torch.optim.Optimizer):
         super().load_state_dict(state)
 
     def _check_idle(self) -> None:
-        if self._pending is not None:
+        if self._updates.pending is not None:
             raise RuntimeError("a step is under way: call step() after the backward that follows probe()")
 
 

@@ -23,7 +23,7 @@ from addax_ds.loss import choice_loss
 from addax_ds.micro_batches import Batch
 from addax_ds.optimizer import Addax
 from addax_ds.training.models import accepted
-from addax_ds.training.run import prepare_inputs, step_batches
+from addax_ds.training.run import prepare_inputs, step_batches, step_samples
 from addax_ds.training.world import World
 
 # The quickstart's batches.
@@ -38,8 +38,9 @@ class Floor(Addax):
     def _point(self, seed: int, query: int, sign: int) -> Perturbation:
         return Perturbation()
 
-    def _write(self, name: str, gradient: torch.Tensor | None, pending: Any) -> None:
-        pending.written.add(name)
+    def attach(self, engine: Engine) -> None:
+        super().attach(engine)
+        vars(self._updates)["_write"] = lambda name, gradient, pending: pending.written.add(name)
 
 
 class OneAfterTheOther(Addax):
@@ -161,7 +162,9 @@ def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dic
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds):
         batches = [
-            step_batches(config, prepared, pools, turn * _STEPS + step, accepted(held.model), held.device)
+            step_batches(
+                config, prepared, step_samples(config, pools, turn * _STEPS + step), accepted(held.model), held.device
+            )
             for step in range(_STEPS)
         ]
         for kind, build in kinds.items():

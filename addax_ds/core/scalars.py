@@ -66,6 +66,35 @@ class Scalars:
         return mean(self.vector[self._fo_at : self._fingerprints_at].tolist()) if self.fo_samples else None
 
 
+class RankSums:
+    """Scalars of a step of which every rank has samples of its own: float64, on the CPU.
+
+    Sums of losses for each perturbed point, the number of samples, and which ranks have failed.
+    """
+
+    def __init__(self, points: int, world_size: int) -> None:
+        self._points = points
+        self.vector = torch.zeros(points + 1 + world_size, dtype=torch.float64)
+
+    def put(self, losses: list[torch.Tensor]) -> None:
+        """Per-sample losses of this rank, [samples] for each point."""
+        sums = [math.fsum(loss.tolist()) if loss.isfinite().all() else math.nan for loss in losses]
+        self.vector[: self._points + 1] = torch.tensor([*sums, len(losses[0])], dtype=torch.float64)
+
+    def put_fault(self, rank: int) -> None:
+        """A forward of this rank has failed."""
+        self.vector[self._points + 1 + rank] = 1.0
+
+    def faults(self) -> list[int]:
+        """Ranks of which a forward has failed."""
+        return self.vector[self._points + 1 :].nonzero().flatten().tolist()
+
+    def means(self) -> list[float]:
+        """Mean loss over all ranks' samples at each point."""
+        *totals, count = self.vector[: self._points + 1].tolist()
+        return [total / count for total in totals]
+
+
 def mean(values: list[float]) -> float:
     """Correctly rounded mean, whatever the order; not a number where one of them is not finite."""
     return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan

@@ -74,8 +74,16 @@ def load_model(location: str, config: RunConfig) -> nn.Module:
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} cannot checkpoint activations: set activation_checkpointing=false")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have a model of transformers keep one hidden state per block for the backward, and recompute the rest."""
+    # Renamed in the middle of transformers 5.
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _from_pretrained(kind: Any, location: str, **options: Any) -> Any:

@@ -79,6 +79,7 @@ def test_memory_of_states_is_exact_and_every_peak_is_there(tiny):
     # Weights alone; with gradients and two moments (and a step count for each weight).
     assert weights["addax"] == weights["mezo"] == 1
     assert weights["adamw"] == pytest.approx(4, rel=0.01)
+    assert all(row["peak"] > row["weights and states"] for row in result.rows)
 
 
 @pytest.mark.parametrize("kind", [Floor, Addax])
