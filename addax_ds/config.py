@@ -151,16 +151,26 @@ class RunConfig(AddaxConfig):
     eval_micro_batch: int = 8
     """Sequences in one evaluation forward."""
     output: str | None = None
-    """Run folder, which must not hold a run yet; without it runs/DATE-TIME."""
+    """Run folder; without it runs/DATE-TIME. Where it holds an unfinished run of these settings, that goes on."""
     save: bool = True
     """Write the fine-tuned model to OUTPUT/model."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, written to OUTPUT/checkpoints beside the steps that follow; 0 writes none."""
+    checkpoints_kept: int = 2
+    """How many of the newest checkpoints remain."""
+    max_skipped: int = 10
+    """Steps in a row with losses or gradients that are not finite, after which the run stops."""
+    timeout_minutes: float = 10.0
+    """How long ranks wait for one that does not answer before the run ends. Longer than the longest step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("k0", "k1", "steps", "eval_samples", "replicas", "eval_micro_batch"):
+        counts = "k0 k1 steps eval_samples replicas eval_micro_batch checkpoints_kept max_skipped"
+        for name in counts.split():
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
-        for name in ("warmup_steps", "eval_every"):
+        for name in ("warmup_steps", "eval_every", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
+        _require(0 < self.timeout_minutes < math.inf, "timeout_minutes must be above 0, and finite")
         _require(self.train_samples is None or self.train_samples >= 1, "train_samples must be 1 or more, or null")
         _require(isinstance(self.lt, str) or self.lt >= 1, f"lt is {self.lt}: give tokens, auto or none")
         _require(

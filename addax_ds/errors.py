@@ -7,3 +7,11 @@ class UserError(ValueError):
     Commands print it without a traceback and exit with status 2. It is a `ValueError`, so that
     library users catch it the usual way.
     """
+
+
+class PreemptedError(Exception):
+    """The run was asked to end and has saved its state; the message says how it goes on."""
+
+
+class RankLostError(Exception):
+    """A collective failed because another rank has ended or does not answer."""

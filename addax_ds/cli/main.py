@@ -6,6 +6,7 @@ are imported by the command that needs them.
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from addax_ds.config import RunConfig, load_run
-from addax_ds.errors import UserError
+from addax_ds.errors import PreemptedError, RankLostError, UserError
 
 SECONDS_TO_BE_ENDED = 5  # launchers look after their processes once a second
 
@@ -96,6 +97,19 @@ def bench(
 
 
 @app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    start: Annotated[int | None, typer.Option(help="Checkpoint to begin with, or 0 for the model itself.")] = None,
+    stop: Annotated[int | None, typer.Option(help="Last step to repeat.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the rebuilt model.")] = None,
+) -> None:
+    """Audit a run against its journal; rebuild the weights of a zeroth-order run from it alone."""
+    from addax_ds.cli.replay import replay as run
+
+    run(folder, start, stop, output)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and its plots again from the files of a run folder."""
     from addax_ds.training.report import write_report
@@ -111,9 +125,16 @@ def _load(settings: list[str] | None) -> RunConfig:
 
 
 def main() -> None:
-    """Entry point; exits with 2 on bad input."""
+    """Entry point; exits with 2 on bad input, 143 on SIGTERM, once saved, 1 where another rank is lost."""
     try:
         app()
+    except PreemptedError as preempted:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"addax-ds: {preempted}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    except RankLostError as lost:
+        print(f"addax-ds: {lost}", file=sys.stderr)
+        sys.exit(1)
     except UserError as error:
         # One voice a node is enough: where all ranks meet the fault, the launcher ends the others
         # as soon as the first has left, and where only another rank does, it speaks after the wait.

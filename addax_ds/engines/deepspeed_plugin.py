@@ -211,6 +211,14 @@ class DeepSpeedAddax(ZeROOptimizer):
         """See `Addax.run_guests`."""
         return self.optimizer.run_guests(*args, **kwargs)
 
+    def replay(self, *args: Any, **kwargs: Any) -> None:
+        """See `Addax.replay`."""
+        self.optimizer.replay(*args, **kwargs)
+
+    @property
+    def gradients_left_out(self) -> int:
+        return self.optimizer.gradients_left_out
+
     def step(self, closure: None = None) -> None:
         """Called by `engine.step()`."""
         self.optimizer.step(closure)

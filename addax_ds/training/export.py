@@ -31,4 +31,5 @@ def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     skeleton: Any = engine.skeleton
     skeleton.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)  # of this run too, ended before its summary was written
     os.replace(unfinished, folder)

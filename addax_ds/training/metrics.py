@@ -21,19 +21,28 @@ class MetricsWriter:
     """Appends one line per step to FOLDER/metrics.jsonl; makes the folder where there is none.
 
     A line counts once its newline is written, so a crash loses at most the line being written. What
-    such a crash left behind is cut off here: a record appended to half a line would lose both.
+    follows the first `steps` steps is cut off here: a run that goes on from there writes it again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, steps: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / METRICS, "a+b")  # noqa: SIM115 (close() closes it)
         self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        kept = 0
+        for line in self._file:
+            if not line.endswith(b"\n") or not _is_of_step(line, steps):
+                break
+            kept += len(line)
+        self._file.truncate(kept)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write `record` as one line and hand it to the operating system."""
         self._file.write(_dump(record).encode() + b"\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Have everything so far survive a power cut."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -46,6 +55,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_of_step(line: bytes, last: int) -> bool:
+    """Whether a line is the record of a step up to `last`."""
+    try:
+        return 1 <= json.loads(line)["step"] <= last
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def write_json(path: Path, obj: Any) -> None:

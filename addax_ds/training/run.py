@@ -1,21 +1,16 @@
 """One fine-tuning run: data, model, evaluation, steps, files."""
 
 import dataclasses
-import datetime
-import importlib.metadata
 import math
-import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +24,8 @@ from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss, token_loss
 from addax_ds.training.evaluation import evaluate, metric_name, placed
 from addax_ds.training.export import export
-from addax_ds.training.metrics import METRICS, MetricsWriter, write_json
+from addax_ds.training.folder import SUMMARY, can_resume, open_folder
+from addax_ds.training.metrics import read_metrics, write_json
 from addax_ds.training.models import (
     accepted,
     build_optimizer,
@@ -39,6 +35,8 @@ from addax_ds.training.models import (
     locate_model,
     read_ds_config,
 )
+from addax_ds.training.preemption import Request, requests
+from addax_ds.training.state import RunState
 from addax_ds.training.wire import WireCounter
 from addax_ds.training.world import World, joined
 
@@ -83,22 +81,34 @@ def prepare_inputs(config: RunConfig) -> Prepared:
 
 
 def train(config: RunConfig) -> dict[str, Any] | None:
-    """Run `config` and return its summary on rank 0 (None elsewhere); `world.discover` comes first."""
+    """Run `config` and return its summary on rank 0 (None elsewhere); `world.discover` comes first.
+
+    An unfinished run of the same settings in `config.output` goes on where it was. Raises `PreemptedError`
+    after SIGTERM, once the step under way is saved.
+    """
     started = time.monotonic()
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
     check_pools(pools, config.k0, config.k1, config.alpha)
-    _check_output(config.output)
-    with joined() as world:
-        return _train(config, prepared, pools, world, started)
+    resuming = can_resume(config, pools)
+    with joined(config.timeout_minutes) as world, requests() as request:
+        return _train(config, prepared, pools, world, resuming, request, started)
 
 
-def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World, started: float) -> dict | None:
+def _train(
+    config: RunConfig,
+    prepared: Prepared,
+    pools: Partition,
+    world: World,
+    resuming: bool,
+    request: Request,
+    started: float,
+) -> dict | None:
     model = load_model(prepared.location, config)
     inputs = accepted(model)
     optimizer = build_optimizer(model, config, world)
     engine = optimizer.engine
-    folder = _open_folder(config, pools, world)
+    folder = open_folder(config, pools, world)
     say = print if world.is_main else lambda *_: None
     say(pools.describe())
 
@@ -107,126 +117,97 @@ def _train(config: RunConfig, prepared: Prepared, pools: Partition, world: World
 
     metric = metric_name(prepared.held_out)
     loss_fn = choice_loss if prepared.task.labels else token_loss
-    before = score()
+    state = RunState(config, folder, optimizer, len(prepared.train), resuming, say)
+    before = state.before or score()
     say(f"before: {metric} {before[metric]:.3f} on {len(prepared.held_out)} held-out samples")
+    state.begin(before)
 
-    progress = tqdm(total=config.steps, disable=not world.is_main, unit="step", mininterval=0.5)
-    writer = MetricsWriter(folder) if world.is_main else None
+    first = state.steps
+    progress = tqdm(total=config.steps, initial=first, disable=not world.is_main, unit="step", mininterval=0.5)
     wire: WireCounter | None = None
-    seconds, skipped = [], 0
-    for step in range(config.steps):
+    for step in range(first, config.steps):
         begun = time.monotonic()
-        zo, fo = step_batches(config, prepared, pools, step, inputs, engine.device)
+        samples = step_samples(config, pools, step)
+        zo, fo = step_batches(config, prepared, samples, inputs, engine.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         # The second step: the first builds engines' caches, and one is enough, since counting slows it.
-        if step == min(1, config.steps - 1):
+        if step == min(first + 1, config.steps - 1):
             with WireCounter() as wire:
                 metrics = optimizer.train_step(zo, fo, loss_fn)
         else:
             metrics = optimizer.train_step(zo, fo, loss_fn)
-        if step == 0 and config.perturb == "auto":
+        if step == first and config.perturb == "auto":
             say(f"perturb: {optimizer.placement} ({optimizer.placement_reason})")
         elapsed = time.monotonic() - begun
-        seconds.append(elapsed)
-        skipped += metrics["skipped"]
         tokens = _tokens(zo) * 2 * config.queries + _tokens(fo)
         if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
             metrics.update(score())
         metrics.update(seconds=elapsed, tokens=tokens, memory_bytes=peak_memory(world))
-        if writer is not None:
-            writer.append(metrics)
         progress.set_postfix(_postfix(metrics, tokens / elapsed), refresh=False)
         progress.update()
+        state.took(metrics, samples, request.received)
     progress.close()
-    if writer is not None:
-        writer.close()
 
     after = score()
     say(f"after: {metric} {after[metric]:.3f}")
     digest = weights_digest(engine)
+    state.end(digest)
     if config.save:
         say(f"saving the model to {folder / 'model'}")
         export(engine, prepared.tokenizer, folder / "model")
     peaks = [0] * world.size
     dist.all_gather_object(peaks, peak_memory(world))
+    if not world.is_main:
+        return None
+    records = read_metrics(folder)
     summary = {
         "method": method_name(config),
         "engine": engine.name,
         "world_size": world.size,
         "steps": config.steps,
-        "skipped_steps": skipped,
+        "skipped_steps": sum(record["skipped"] for record in records),
+        "gradients_left_out": sum(record["gradients_left_out"] for record in records),
         "model": config.model,
         "data": config.data,
         "metric_name": metric,
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
-        "seconds_per_step": statistics.median(seconds),
+        "seconds_per_step": statistics.median(record["seconds"] for record in records),
         "wire_bytes_per_step": dict(wire.received) if wire is not None else {},
         "peak_memory_bytes": peaks,
         "seconds_total": time.monotonic() - started,
         "final_digest": digest,
     }
-    if not world.is_main:
-        return None
-    write_json(folder / "summary.json", summary)
+    write_json(folder / SUMMARY, summary)
     return {**summary, "folder": str(folder)}
 
 
-def _check_output(output: str | None) -> None:
-    """Raises `UserError` where a run folder cannot be made without touching what is there."""
-    if output is None:
-        return
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {output} is a file: choose another folder")
-    for name in (METRICS, "model"):
-        if (folder / name).exists():
-            raise UserError(f"output {output} holds a run already ({name}): choose another folder or remove it")
-
-
-def _open_folder(config: RunConfig, pools: Partition, world: World) -> Path:
-    """Name and make the run folder and write what is known of the run before its first step."""
-    stamp = [datetime.datetime.now().strftime("%Y%m%d-%H%M%S")]
-    dist.broadcast_object_list(stamp)
-    folder = Path(config.output or f"runs/{stamp[0]}")
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        resolved = dataclasses.asdict(dataclasses.replace(config, output=str(folder)))
-        resolved["lt"] = pools.lt if pools.lt is not None else "none"
-        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-        versions = "".join(f"# {name} {version}\n" for name, version in _versions().items())
-        (folder / "config.yaml").write_text(versions + text, encoding="utf-8")
-        write_json(
-            folder / "lengths.json",
-            {"lengths": list(pools.lengths), "lt": pools.lt, "zo": len(pools.zo), "fo": len(pools.fo)},
-        )
-    return folder
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("addax-ds", "torch", "transformers", "deepspeed", "datasets", "numba"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+def step_samples(config: RunConfig, pools: Partition, step: int) -> tuple[list[int], list[int]]:
+    """Numbers of the training samples of the step's zeroth-order and first-order batches."""
+    zo = batch_indices(pools.zo, config.k0, config.seed, "zo", step) if config.alpha > 0 else []
+    fo = batch_indices(pools.fo, config.k1, config.seed, "fo", step) if config.alpha < 1 else []
+    return zo, fo
 
 
 def step_batches(
-    config: RunConfig, prepared: Prepared, pools: Partition, step: int, inputs: frozenset[str], device: torch.device
+    config: RunConfig,
+    prepared: Prepared,
+    samples: tuple[list[int], list[int]],
+    inputs: frozenset[str],
+    device: torch.device,
 ) -> tuple[list[Batch] | None, list[Batch] | None]:
-    """The step's zeroth-order and first-order micro-batches, the same on every rank."""
+    """Zeroth-order and first-order micro-batches of these samples, the same on every rank."""
 
-    def draw(pool: tuple[int, ...], size: int, stream: Any, micro_batch: int) -> list[Batch]:
-        examples = [prepared.train[index] for index in batch_indices(pool, size, config.seed, stream, step)]
-        batches = micro_batches(examples, micro_batch, prepared.tokenizer.pad_token_id, config.padding)
+    def micro_batches_of(numbers: list[int], size: int) -> list[Batch] | None:
+        examples = [prepared.train[number] for number in numbers]
+        if not examples:
+            return None
+        batches = micro_batches(examples, size, prepared.tokenizer.pad_token_id, config.padding)
         return [placed(batch, inputs, device) for batch in batches]
 
-    zo = draw(pools.zo, config.k0, "zo", config.zo_micro_batch) if config.alpha > 0 else None
-    fo = draw(pools.fo, config.k1, "fo", config.fo_micro_batch) if config.alpha < 1 else None
-    return zo, fo
+    zo, fo = samples
+    return micro_batches_of(zo, config.zo_micro_batch), micro_batches_of(fo, config.fo_micro_batch)
 
 
 def _tokens(batches: list[Batch] | None) -> int:

@@ -12,10 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from addax_ds.errors import UserError
+from addax_ds.errors import PreemptedError, RankLostError, UserError
 
-# A collective that takes longer than this has lost a rank.
-_TIMEOUT = timedelta(minutes=10)
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -80,8 +78,12 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
-    """Join the process group for the length of the context (`discover` comes first)."""
+def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Join the process group for the length of the context (`discover` comes first).
+
+    A collective that takes longer than `timeout_minutes` has lost a rank. Raises `RankLostError` then,
+    and where another rank has ended.
+    """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -89,16 +91,30 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(device)
     # torch 2.13 warns of the collectives' new names, which torch 2.11 does not have.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     try:
         yield World(rank, local_rank, size, device)
         # A rank that leaves early takes its sockets from collectives still under way.
         dist.barrier()
-    except UserError:
+    except (UserError, PreemptedError):
         _let_others_meet_it(size)
+        raise
+    except RuntimeError as error:
+        if _is_of_another_rank(error):
+            raise RankLostError(
+                f"rank {rank}: another rank has ended or did not answer for {timeout_minutes:g} minutes "
+                f"({' '.join(str(error).split())[-120:]}): see what it or its node says; a run with output=FOLDER goes "
+                "on when it is started again"
+            ) from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_of_another_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed for what another rank did or did not do."""
+    words = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "connection refused")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def _let_others_meet_it(size: int) -> None:

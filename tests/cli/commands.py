@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -48,10 +49,18 @@ class Result:
         return self
 
 
-def run(*arguments: object, cwd: Path, ranks: int = 1, plots: bool = False, seconds: float = SECONDS) -> Result:
+def run(
+    *arguments: object,
+    cwd: Path,
+    ranks: int = 1,
+    plots: bool = False,
+    seconds: float = SECONDS,
+    before: Callable[[], None] | None = None,
+) -> Result:
     """`addax-ds ARGUMENTS` on `ranks` ranks in the folder `cwd`; a hang is a failure with stacks.
 
-    plots: whether `train` writes its report, which takes longer than a tiny run.
+    plots: whether `train` writes its report, which takes longer than a tiny run. before: called in
+    each process first; picklable.
     """
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory(prefix="command-") as logs:
@@ -62,7 +71,7 @@ def run(*arguments: object, cwd: Path, ranks: int = 1, plots: bool = False, seco
         processes = []
         for rank, place in enumerate(places):
             own = launcher | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-            process = context().Process(target=_main, args=(words, own, str(cwd), str(place), plots, seconds))
+            process = context().Process(target=_main, args=(words, own, str(cwd), str(place), plots, seconds, before))
             process.start()
             processes.append(process)
         hung = _join(processes, time.monotonic() + seconds + 5)
@@ -95,7 +104,9 @@ def _join(processes: list, deadline: float) -> list[int]:
     return hung
 
 
-def _main(words: list[str], own: dict[str, str], cwd: str, place: str, plots: bool, seconds: float) -> None:
+def _main(
+    words: list[str], own: dict[str, str], cwd: str, place: str, plots: bool, seconds: float, before: Callable | None
+) -> None:
     """One rank."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(place + suffix, os.O_WRONLY | os.O_CREAT)
@@ -110,6 +121,8 @@ def _main(words: list[str], own: dict[str, str], cwd: str, place: str, plots: bo
         from addax_ds.training import report
 
         report.write_report = lambda folder: folder / "report.html"
+    if before is not None:
+        before()
     sys.argv = ["addax-ds", *words]
     from addax_ds.cli.main import main
 

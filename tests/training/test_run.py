@@ -243,12 +243,25 @@ def test_settings_of_the_method_change_the_run(fit):
 
 
 def test_a_run_whose_loss_explodes_skips_and_still_leaves_valid_files(fit):
-    done = fit("lr=1e38", "steps=4", "save=false")
+    done = fit("alpha=1", "lr=1e38", "steps=4", "save=false")
     skipped = [record["skipped"] for record in done.steps]
     assert not skipped[0] and skipped[-1], "weights were written in a step without finite scalars"
     assert done.summary["skipped_steps"] == sum(skipped)
     assert not math.isfinite(done.steps[-1]["g0"][0])
     assert 0 <= done.summary["accuracy_after"] <= 1
+
+
+def test_gradients_that_are_not_finite_are_left_out_and_counted(fit):
+    done = fit("lr=1e38", "steps=4", "save=false")
+    assert done.steps[0]["gradients_left_out"] == 0 < done.steps[-1]["gradients_left_out"]
+    assert done.summary["gradients_left_out"] == sum(record["gradients_left_out"] for record in done.steps)
+
+
+def test_too_many_spoilt_steps_in_a_row_end_the_run(tiny, tmp_path):
+    ended = run("train", tiny.run_file, "output=out", "alpha=1", "lr=1e38", "steps=40", "max_skipped=3", cwd=tmp_path)
+    assert ended.status == 2
+    assert "3 steps in a row, up to step 4, had losses or gradients that are not finite" in ended.error
+    assert len(read_metrics(tmp_path / "out")) == 4
 
 
 def test_completions_are_scored_by_exact_match_and_f1_and_can_be_learnt(fit, tiny):

@@ -1,0 +1,38 @@
+"""Faults and facts of one rank, made known to all: no rank goes on alone, none waits in vain."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from addax_ds.engines.base import Engine
+from addax_ds.errors import UserError
+
+
+def agree(engine: Engine, error: str) -> None:
+    """Raise `UserError` on every rank where any rank has an error (a collective)."""
+    failed = torch.zeros(engine.world_size, dtype=torch.float64)
+    failed[engine.rank] = float(bool(error))
+    ranks = engine.sum(failed).nonzero().flatten().tolist()
+    if error:
+        raise UserError(error)
+    if ranks:
+        raise UserError(f"rank {ranks[0]} has met a fault, which it names: mend that")
+
+
+def from_main(engine: Engine, work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, on every rank, or the error that it met there (a collective)."""
+    outcome: list[Any] = [None, ""]
+    if engine.rank == 0:
+        try:
+            outcome[0] = work()
+        except OSError as error:
+            outcome[1] = f"{error.filename}: {error.strerror}: mend that or choose another output"
+        except UserError as error:
+            outcome[1] = str(error)
+    if engine.world_size > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]

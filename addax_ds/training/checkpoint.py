@@ -1,0 +1,314 @@
+"""Checkpoints: every parameter as flat ranges, saved on any engine and world size, loaded on any other.
+
+torch.distributed.checkpoint plans, writes and reads; the files are safetensors and JSON, of which
+nothing is ever executed. A checkpoint is a folder that gets its name when it is complete:
+
+    checkpoints/step-000020/      shard-*.safetensors, manifest.json
+    checkpoints/latest            names the newest complete one
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from addax_ds.core.shard import Shard
+from addax_ds.digest import weights_digest
+from addax_ds.engines.base import Engine
+from addax_ds.errors import UserError
+from addax_ds.training.agreement import agree, from_main
+from addax_ds.training.metrics import read_json, write_json
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_COMPLETE = re.compile(r"step-(\d{6,})")
+# Names of folders that are being written or removed: never read.
+_UNFINISHED = (".partial", ".removed")
+
+
+class FlatRange(torch.Tensor):
+    """A shard as torch.distributed.checkpoint asks for it: a tensor of which this rank holds one range.
+
+    It has the size of the flattened parameter and the planner's protocol, and nothing else of a tensor.
+    """
+
+    _shard: Shard
+
+    @staticmethod
+    def __new__(cls, shard: Shard) -> "FlatRange":
+        whole = torch.Tensor._make_wrapper_subclass(cls, (shard.numel,), dtype=shard.local.dtype)
+        whole._shard = shard
+        return whole
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{function}: a flat range is saved and loaded, nothing else")
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._shard.local)
+        return [
+            WriteItem(
+                MetadataIndex(name, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        start, local = self._shard.start, self._shard.local
+        return [ChunkStorageMetadata(torch.Size([start]), local.shape)] if local.numel() else []
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> torch.Tensor:
+        return self._shard.local
+
+
+class _Writing:
+    """Work in a thread of its own, which does not keep the process alive where a rank is lost meanwhile."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # CheckpointException is no Exception
+            self._error = error
+
+    def result(self) -> None:
+        """Wait for the end; raises what the work has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder that every rank sees. All methods are collectives.
+
+    keep: how many of the newest remain. What an earlier process left unfinished is removed here.
+    Raises `UserError` where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, keep: int) -> None:
+        self.folder, self._engine, self._keep = folder, engine, keep
+        self._writing: _Writing | None = None
+        # The thread's collectives run beside those of the next step.
+        self._group = dist.new_group(backend="gloo") if engine.world_size > 1 else None
+        from_main(engine, self._tidy)
+
+    def _tidy(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.iterdir():
+            if left.suffix in _UNFINISHED:
+                shutil.rmtree(left)
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def save(self, step: int, run: dict[str, Any]) -> str:
+        """Copy this rank's shards and write them in the background, with `run` of rank 0 beside them (JSON).
+
+        Returns the digest of the weights, when the copies are made and weights may be written again. Raises
+        what the previous save has met.
+        """
+        self.wait()
+        mine = self._engine.is_primary_copy()
+        staged = {}
+        for shard in self._engine.shards():
+            # Further replicas hold the same and write nothing.
+            local = shard.local.detach() if mine else shard.local[:0]
+            copy = torch.empty(local.shape, dtype=local.dtype).copy_(local)
+            staged[shard.name] = Shard(shard.name, shard.numel, shard.start, copy)
+        digest = weights_digest(self._engine)
+        self._writing = _Writing(lambda: self._write(step, staged, digest, run))
+        return digest
+
+    def wait(self) -> None:
+        """Return when the save under way is complete; raises `UserError` on every rank where one failed."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        error = ""
+        try:
+            writing.result()
+        except (OSError, CheckpointException, SafetensorError, UserError) as failure:
+            error = cause_of(failure)
+        agree(
+            self._engine,
+            error
+            and f"a checkpoint could not be written to {self.folder}: {error}: "
+            "mend that and start the same command again, which goes on from the checkpoint before",
+        )
+
+    def _write(self, step: int, staged: dict[str, Shard], digest: str, run: dict[str, Any]) -> None:
+        final = self.folder / f"step-{step:06d}"
+        partial = final.with_suffix(".partial")
+        state: dict[str, Any] = {name: FlatRange(shard) for name, shard in staged.items()}
+        with warnings.catch_warnings():
+            # torch warns of its own deprecated calls here.
+            warnings.simplefilter("ignore")
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        if self._engine.rank != 0:
+            return
+        parameters = {name: [shard.numel, _dtype(shard.local)] for name, shard in staged.items()}
+        check_complete(_stored(partial), parameters, partial)
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "digest": digest, "parameters": parameters, "files": files}
+        manifest["run"] = run
+        write_json(partial / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
+        if final.exists():  # found damaged when the run was resumed
+            _remove(final)
+        os.replace(partial, final)
+        _sync(self.folder)
+        named = self.folder / f"{LATEST}.tmp"
+        named.write_text(f"{final.name}\n")
+        os.replace(named, self.folder / LATEST)
+        _sync(self.folder)
+        for old in complete(self.folder)[self._keep :]:
+            _remove(old)
+
+    # -- loading --------------------------------------------------------------------------------
+
+    def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load the newest checkpoint that is whole; its manifest, and what is wrong with newer ones.
+
+        None without any checkpoint. Raises `UserError` where there are some and none can be loaded.
+        """
+        found = from_main(self._engine, lambda: [str(path) for path in complete(self.folder)])
+        complaints: list[str] = []
+        for path in found:
+            try:
+                return self.load(Path(path)), complaints
+            except UserError as error:
+                complaints.append(str(error))
+        if complaints:
+            raise UserError(f"{complaints[0]}, and no older one can be loaded: remove {self.folder} to start again")
+        return None, []
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Load a checkpoint into the engine's weights and return its manifest.
+
+        Raises `UserError` where it is damaged or of another model; weights are undefined then.
+        """
+        engine = self._engine
+        manifest = from_main(engine, lambda: read_manifest(path))
+        shards = list(engine.shards())
+        _check_model(manifest["parameters"], shards, path)
+        state: dict[str, Any] = {shard.name: FlatRange(shard) for shard in shards}
+        error = ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reader = HuggingFaceStorageReader(str(path))
+                dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        except (Exception, CheckpointException) as failure:  # a damaged file can fail anywhere in its readers
+            error = f"checkpoint {path} is damaged: {cause_of(failure)}: load another"
+        agree(engine, error)
+        engine.after_step(True)
+        if weights_digest(engine) != manifest["digest"]:
+            raise UserError(f"checkpoint {path} is damaged: its weights have another digest: load another")
+        finite = all(bool(shard.local.isfinite().all()) for shard in engine.shards())
+        agree(engine, "" if finite else f"checkpoint {path} holds weights that are not finite: load another")
+        return manifest
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, the newest first."""
+    found = [path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, its own digest and the sizes of all files checked."""
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: {MANIFEST} is not of format {FORMAT}: use the version that wrote it")
+    if _sha256({key: value for key, value in manifest.items() if key != "sha256"}) != manifest.get("sha256"):
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} does not match its sha256: load another")
+    for name, size in manifest["files"].items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"checkpoint {path} is damaged: {name} is missing: load another")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}: load another"
+            )
+    if extra := {file.name for file in path.glob("*.safetensors")} - manifest["files"].keys():
+        raise UserError(f"checkpoint {path} is damaged: {min(extra)} does not belong to it: remove that file")
+    return manifest
+
+
+def check_complete(stored: Metadata, parameters: dict[str, list], path: Path) -> None:
+    """Raises `UserError` where the files lack elements of a parameter."""
+    for name, (numel, _) in parameters.items():
+        found: Any = stored.state_dict_metadata.get(name)
+        if numel and (found is None or sum(chunk.sizes.numel() for chunk in found.chunks) != numel):
+            raise UserError(f"{path} lacks parts of {name}: put the run folder where every node sees it")
+
+
+def cause_of(failure: BaseException) -> str:
+    """What is wrong, in one line, whichever rank has met it."""
+    if isinstance(failure, CheckpointException) and failure.failures:
+        rank, (first, _) = min(failure.failures.items())
+        return f"rank {rank}: {cause_of(first)}"
+    if isinstance(failure, OSError) and failure.strerror:
+        return failure.strerror
+    return " ".join(str(failure).split())[:200] or type(failure).__name__
+
+
+def _check_model(parameters: dict[str, list], shards: list[Shard], path: Path) -> None:
+    mine = {shard.name: [shard.numel, _dtype(shard.local)] for shard in shards}
+    for name in sorted(mine.keys() | parameters.keys()):
+        if mine.get(name) != parameters.get(name):
+            there, here = (_described(held.get(name)) for held in (parameters, mine))
+            raise UserError(f"checkpoint {path} is of another model: {name} is {there} there and {here} here")
+
+
+def _described(parameter: list | None) -> str:
+    return "missing" if parameter is None else f"{parameter[0]:,} elements of {parameter[1]}"
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _stored(path: Path) -> Metadata:
+    return HuggingFaceStorageReader(str(path)).read_metadata()
+
+
+def _sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Take the name away first: half a checkpoint never looks complete."""
+    removed = path.with_suffix(".removed")
+    os.replace(path, removed)
+    shutil.rmtree(removed)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,144 @@
+"""A run repeated from its journal (zeroth-order), or audited against it (mixed). No data, no forward."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from addax_ds.config import load_run
+from addax_ds.core.noise import step_seed
+from addax_ds.core.scalars import projected_gradients
+from addax_ds.data.partition import partition
+from addax_ds.digest import weights_digest
+from addax_ds.errors import UserError
+from addax_ds.optimizer import Addax
+from addax_ds.training.checkpoint import Checkpoints, complete, read_manifest
+from addax_ds.training.export import export
+from addax_ds.training.folder import CONFIG, SUMMARY
+from addax_ds.training.journal import JOURNAL, Entries, read_journal
+from addax_ds.training.metrics import read_json, read_metrics
+from addax_ds.training.models import hyperparameters, load_model, load_tokenizer, locate_model
+from addax_ds.training.run import learning_rate, step_samples
+from addax_ds.training.state import CHECKPOINTS, check_header, recorded
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay has found."""
+
+    first: int
+    """Steps that the weights had taken when it began."""
+    last: int
+    digest: str
+    """Of the weights after step `last`, the same that the run noted where it noted one."""
+    noted: bool
+    """Whether it did."""
+    journal_bytes: int
+    """Of the repeated steps."""
+
+
+def replay(folder: Path, start: int | None, stop: int | None, output: Path | None) -> Replay:
+    """Rebuild the weights after step `stop` from those after step `start` and the journal alone.
+
+    start: a checkpoint that is still there, or 0, the model that the run began with; the oldest
+    checkpoint where it is not given. stop: the last step of the journal where it is not given.
+    output: where to write the rebuilt model. Raises `UserError` for runs with first-order gradients,
+    which no scalar tells, for damage, and where the weights differ from those of the run.
+    """
+    config, entries = load_run(str(folder / CONFIG), []), read_journal(folder / JOURNAL)
+    check_header(entries.header, recorded(config))
+    if config.alpha < 1:
+        raise UserError(
+            f"{folder}: alpha is {config.alpha}, and first-order gradients are not in the journal: "
+            "only a run of alpha 1 can be repeated from it"
+        )
+    if output is not None and output.exists():
+        raise UserError(f"{output} is there already: choose another folder")
+    saved = {int(path.name.removeprefix("step-")): path for path in complete(folder / CHECKPOINTS)}
+    start = min(saved, default=0) if start is None else start
+    stop = len(entries.records) if stop is None else stop
+    if start and start not in saved:
+        there = ", ".join(map(str, sorted(saved))) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {start}, only {there}: give one of them, or 0")
+    if not start <= stop <= len(entries.records):
+        raise UserError(f"the journal holds {len(entries.records)} steps: give a last step from {start} to that")
+    location = locate_model(config.model)
+    model = load_model(location, config).to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = Addax(model, **hyperparameters(config))
+    if start:
+        manifest = Checkpoints(folder / CHECKPOINTS, optimizer.engine, len(saved)).load(saved[start])
+        entries.position(start, manifest["run"]["journal"])
+    elif weights_digest(optimizer.engine) != entries.header["weights"]:
+        raise UserError(f"model {config.model} is not the one that the run began with: restore it")
+    repeated = entries.records[start:stop]
+    optimizer.replay([(record.seed, record.g0 or (), record.lr) for record in repeated])
+    digest = weights_digest(optimizer.engine)
+    noted = digests_of(entries).get(stop)
+    if noted is not None and noted != digest:
+        raise UserError(
+            f"after step {stop} the weights have the digest {digest}, and the run noted {noted}: "
+            "use the version and the kind of device that the run used"
+        )
+    if output is not None:
+        export(optimizer.engine, load_tokenizer(location), output)
+    ends = {after: end for after, end, _ in reversed(entries.ends)}  # of the step itself, before later events
+    return Replay(start, stop, digest, noted is not None, ends[stop] - ends[start])
+
+
+def audit(folder: Path) -> dict[str, int]:
+    """Hold every step of a run's journal against all that determines it; how many of each item agree.
+
+    The seeds, samples and learning rates that the settings give; the losses and g0 of metrics.jsonl;
+    the digests of the checkpoints and of the summary; and that this version draws the same noise.
+    Raises `UserError` that names the first step and item that disagree.
+    """
+    config, entries = load_run(str(folder / CONFIG), []), read_journal(folder / JOURNAL)
+    check_header(entries.header, recorded(config))
+    pools = partition(_lengths(folder), config.lt)
+    metrics = {record["step"]: record for record in read_metrics(folder)}
+    agreed: Counter[str] = Counter()
+
+    def agree(item: str, step: int, noted: Any, expected: Any) -> None:
+        if noted != expected:
+            raise UserError(f"step {step}: the journal has {item} {noted}, and it should be {expected}")
+        agreed[item] += 1
+
+    for record in entries.records:
+        step = record.step
+        agree("seed", step, record.seed, step_seed(config.seed, step - 1))
+        agree("samples", step, [list(record.zo), list(record.fo)], list(step_samples(config, pools, step - 1)))
+        agree("lr", step, record.lr, learning_rate(config, step - 1))
+        measured = metrics.get(step)
+        if measured is not None:
+            agree("g0", step, record.g0, None if measured["skipped"] else tuple(measured["g0"]))
+            if record.g0 and measured["loss_zo"]:
+                plus, minus = (measured["loss_zo"][side] for side in ("plus", "minus"))
+                agree("difference of losses", step, list(record.g0), projected_gradients(plus, minus, config.eps))
+    noted = digests_of(entries)
+    for path in complete(folder / CHECKPOINTS):
+        manifest = read_manifest(path)
+        agree("weights", manifest["step"], noted.get(manifest["step"]), manifest["digest"])
+    if (folder / SUMMARY).exists():
+        agree(
+            "weights",
+            len(entries.records),
+            noted.get(len(entries.records)),
+            read_json(folder / SUMMARY)["final_digest"],
+        )
+    return dict(agreed)
+
+
+def digests_of(entries: Entries) -> dict[int, str]:
+    """The digests of weights that a run has noted, by the steps taken."""
+    noted = {event["after"]: event["weights"] for event in entries.events if "weights" in event}
+    return {0: entries.header["weights"], **noted}
+
+
+def _lengths(folder: Path) -> list[int]:
+    lengths = read_json(folder / "lengths.json")
+    try:
+        return [int(length) for length in lengths["lengths"]]
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{folder / 'lengths.json'} is damaged: restore it") from None

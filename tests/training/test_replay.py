@@ -1,0 +1,131 @@
+"""A zeroth-order run is rebuilt from its journal bit for bit; any run is audited against it."""
+
+import json
+import re
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import addax_ds
+from addax_ds.digest import weights_digest
+from addax_ds.errors import UserError
+from addax_ds.training.journal import Journal, read_journal
+from addax_ds.training.replay import audit, replay
+from tests.cli.commands import run
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def zeroth_order(request, tiny, tmp_path_factory):
+    """A run of 20 steps on 2 ranks under FSDP2, with checkpoints after 10 and 15."""
+    cwd = tmp_path_factory.mktemp("zeroth_order")
+    settings = ["alpha=1", "lr=0.01", "queries=2", "weight_decay=0.1", "schedule=cosine", "warmup_steps=3"]
+    settings += ["steps=20", "checkpoint_every=5", "save=false", "engine=fsdp", f"dtype={request.param}"]
+    run("train", tiny.run_file, "output=out", *settings, cwd=cwd, ranks=2).check()
+    return cwd / "out"
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("mixed")
+    run("train", tiny.run_file, "output=out", "steps=6", "checkpoint_every=2", "save=false", cwd=cwd).check()
+    return cwd / "out"
+
+
+def final(folder):
+    return json.loads((folder / "summary.json").read_text())["final_digest"]
+
+
+def test_weights_are_rebuilt_from_any_checkpoint_without_data(zeroth_order, tiny, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(zeroth_order, folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(tiny.reviews), "/nowhere/reviews.jsonl"))
+    for start, first in ((None, 10), (15, 15), (0, 0)):
+        found = replay(folder, start, None, None)
+        assert (found.first, found.last, found.digest, found.noted) == (first, 20, final(zeroth_order), True)
+    halfway = replay(folder, 0, 15, None)
+    assert halfway.noted and halfway.digest != found.digest
+    assert not replay(folder, 0, 13, None).noted
+    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert replay(folder, 15, 20, None).journal_bytes == sum(map(len, lines[-7:-1]))  # an event, five steps; the end
+
+
+def test_the_command_says_what_it_did_and_writes_the_model(zeroth_order, tmp_path):
+    result = run("replay", zeroth_order, "--output", tmp_path / "model", cwd=tmp_path).check()
+    assert re.search(r"agree: 20 of seed, 20 of samples, 20 of lr, 20 of g0, 20 of difference of losses", result.output)
+    assert re.search(r"rebuilt: steps 11 to 20 from [\d,]+ bytes of the journal \(\d+ a step\)", result.output)
+    assert f"digest: {final(zeroth_order)}, that of the run" in result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert weights_digest(addax_ds.Addax(model).engine) == final(zeroth_order)
+
+
+def test_a_mixed_run_is_audited_and_not_rebuilt(mixed, tmp_path):
+    result = run("replay", mixed, cwd=tmp_path).check()
+    assert "6 of seed" in result.output and "3 of weights" in result.output
+    assert "can be audited, not rebuilt" in result.output
+    refused = run("replay", mixed, "--start", 0, cwd=tmp_path)
+    assert refused.status == 2 and "only a run of alpha 1 can be repeated" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("seed", 7, "step 3: the journal has seed 7"),
+        ("lr", 0.2, "step 3: the journal has lr 0.2"),
+        ("g0", (1.5,), r"step 3: the journal has g0 \(1.5,\)"),
+        ("zo", (0, 1, 2, 3, 4), "step 3: the journal has samples"),
+    ],
+)
+def test_an_audit_names_what_disagrees(mixed, tmp_path, field, value, words):
+    """A journal whose digests are in order, as a program with a fault would have written it."""
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    entries = read_journal(folder / "journal.jsonl")
+    header = {key: value for key, value in entries.header.items() if key != "journal"}
+    journal = Journal(folder / "journal.jsonl", header)
+    for record in entries.records:
+        if record.step == 3:
+            object.__setattr__(record, field, value)
+        journal.step(record)
+    journal.close()
+    with pytest.raises(UserError, match=words):
+        audit(folder)
+
+
+def test_an_audit_notices_other_weights_and_other_noise(mixed, tmp_path, monkeypatch):
+    shutil.copytree(mixed, tmp_path / "run")
+    path = tmp_path / "run" / "summary.json"
+    path.write_text(path.read_text().replace(final(mixed), "0" * 64))
+    with pytest.raises(UserError, match="step 6: the journal has weights"):
+        audit(tmp_path / "run")
+    monkeypatch.setattr("addax_ds.training.state.noise", lambda *_, **__: __import__("torch").zeros(1000))
+    with pytest.raises(UserError, match="the journal was begun with noise"):
+        audit(mixed)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "words"),
+    [
+        (5, None, "has no checkpoint of step 5, only 10, 15"),
+        (15, 12, "give a last step from 15"),
+        (0, 21, "holds 20 steps"),
+    ],
+)
+def test_steps_that_are_not_there_are_refused(zeroth_order, start, stop, words):
+    with pytest.raises(UserError, match=words):
+        replay(zeroth_order, start, stop, None)
+
+
+def test_another_model_than_the_runs_is_refused(zeroth_order, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(zeroth_order, folder)
+    config = (folder / "config.yaml").read_text()
+    model = re.search(r"^model: (.*)$", config, re.MULTILINE)[1]
+    shutil.copytree(model, tmp_path / "other")
+    other = AutoModelForCausalLM.from_pretrained(model)
+    other.model.norm.weight.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    (folder / "config.yaml").write_text(config.replace(model, str(tmp_path / "other")))
+    with pytest.raises(UserError, match="is not the one that the run began with"):
+        replay(folder, 0, None, None)
