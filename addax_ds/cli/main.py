@@ -97,6 +97,14 @@ def bench(
 
 
 @app.command()
+def verify(settings: Settings = None, local_rank: LocalRank = None) -> None:
+    """Compare versions, devices, noise, weights, batches and a step across ranks; start it with mpirun or torchrun."""
+    from addax_ds.cli.verify import verify as run
+
+    run(_load(settings))
+
+
+@app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     start: Annotated[int | None, typer.Option(help="Checkpoint to begin with, or 0 for the model itself.")] = None,

@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,7 +35,7 @@ from addax_ds.digest import weights_digest
 from addax_ds.engines.base import Engine
 from addax_ds.errors import UserError
 from addax_ds.training.agreement import agree, from_main
-from addax_ds.training.metrics import read_json, write_json
+from addax_ds.training.metrics import write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -40,6 +43,22 @@ LATEST = "latest"
 _COMPLETE = re.compile(r"step-(\d{6,})")
 # Names of folders that are being written or removed: never read.
 _UNFINISHED = (".partial", ".removed")
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+class Manifest:
+    """What a checkpoint holds."""
+
+    step: int
+    """Steps that its weights have taken."""
+    digest: str
+    """Of all weights."""
+    parameters: dict[str, list[int | str]]
+    """Elements and type of each."""
+    files: dict[str, int]
+    """Bytes of each."""
+    run: dict[str, Any]
+    """What the run wanted to find again."""
 
 
 class FlatRange(torch.Tensor):
@@ -171,8 +190,7 @@ class Checkpoints:
         parameters = {name: [shard.numel, _dtype(shard.local)] for name, shard in staged.items()}
         check_complete(_stored(partial), parameters, partial)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "digest": digest, "parameters": parameters, "files": files}
-        manifest["run"] = run
+        manifest = {"format": FORMAT, **asdict(Manifest(step, digest, parameters, files, run))}
         write_json(partial / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
         if final.exists():  # found damaged when the run was resumed
             _remove(final)
@@ -187,7 +205,7 @@ class Checkpoints:
 
     # -- loading --------------------------------------------------------------------------------
 
-    def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
+    def load_newest(self) -> tuple[Manifest | None, list[str]]:
         """Load the newest checkpoint that is whole; its manifest, and what is wrong with newer ones.
 
         None without any checkpoint. Raises `UserError` where there are some and none can be loaded.
@@ -203,7 +221,7 @@ class Checkpoints:
             raise UserError(f"{complaints[0]}, and no older one can be loaded: remove {self.folder} to start again")
         return None, []
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path) -> Manifest:
         """Load a checkpoint into the engine's weights and return its manifest.
 
         Raises `UserError` where it is damaged or of another model; weights are undefined then.
@@ -211,7 +229,7 @@ class Checkpoints:
         engine = self._engine
         manifest = from_main(engine, lambda: read_manifest(path))
         shards = list(engine.shards())
-        _check_model(manifest["parameters"], shards, path)
+        _check_model(manifest.parameters, shards, path)
         state: dict[str, Any] = {shard.name: FlatRange(shard) for shard in shards}
         error = ""
         try:
@@ -223,7 +241,7 @@ class Checkpoints:
             error = f"checkpoint {path} is damaged: {cause_of(failure)}: load another"
         agree(engine, error)
         engine.after_step(True)
-        if weights_digest(engine) != manifest["digest"]:
+        if weights_digest(engine) != manifest.digest:
             raise UserError(f"checkpoint {path} is damaged: its weights have another digest: load another")
         finite = all(bool(shard.local.isfinite().all()) for shard in engine.shards())
         agree(engine, "" if finite else f"checkpoint {path} holds weights that are not finite: load another")
@@ -236,27 +254,37 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint, its own digest and the sizes of all files checked."""
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path}: {MANIFEST} is not of format {FORMAT}: use the version that wrote it")
-    if _sha256({key: value for key, value in manifest.items() if key != "sha256"}) != manifest.get("sha256"):
-        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} does not match its sha256: load another")
-    for name, size in manifest["files"].items():
+    damaged = f"checkpoint {path} is damaged"
+    try:
+        content = json.loads((path / MANIFEST).read_bytes())
+        if content.pop("sha256") != _sha256(content):
+            raise ValueError("it does not match its sha256")
+        if content.pop("format") != FORMAT:
+            raise UserError(f"checkpoint {path} is of another format than {FORMAT}: use the version that wrote it")
+        manifest = Manifest(**content)
+    except OSError as error:
+        raise UserError(f"{damaged}: {MANIFEST}: {error.strerror}: load another") from None
+    except UserError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{damaged}: {MANIFEST}: {first['loc'][0]}: {first['msg'].lower()}: load another") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{damaged}: {MANIFEST}: {' '.join(str(error).split())[:200]}: load another") from None
+    for name, size in manifest.files.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
-            raise UserError(f"checkpoint {path} is damaged: {name} is missing: load another")
+            raise UserError(f"{damaged}: {name} is missing: load another")
         if file.stat().st_size != size:
-            raise UserError(
-                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}: load another"
-            )
-    if extra := {file.name for file in path.glob("*.safetensors")} - manifest["files"].keys():
-        raise UserError(f"checkpoint {path} is damaged: {min(extra)} does not belong to it: remove that file")
+            raise UserError(f"{damaged}: {name} has {file.stat().st_size:,} bytes, not {size:,}: load another")
+    if extra := {file.name for file in path.glob("*.safetensors")} - manifest.files.keys():
+        raise UserError(f"{damaged}: {min(extra)} does not belong to it: remove that file")
     return manifest
 
 
-def check_complete(stored: Metadata, parameters: dict[str, list], path: Path) -> None:
+def check_complete(stored: Metadata, parameters: dict[str, list[int | str]], path: Path) -> None:
     """Raises `UserError` where the files lack elements of a parameter."""
     for name, (numel, _) in parameters.items():
         found: Any = stored.state_dict_metadata.get(name)
@@ -274,7 +302,7 @@ def cause_of(failure: BaseException) -> str:
     return " ".join(str(failure).split())[:200] or type(failure).__name__
 
 
-def _check_model(parameters: dict[str, list], shards: list[Shard], path: Path) -> None:
+def _check_model(parameters: dict[str, list[int | str]], shards: list[Shard], path: Path) -> None:
     mine = {shard.name: [shard.numel, _dtype(shard.local)] for shard in shards}
     for name in sorted(mine.keys() | parameters.keys()):
         if mine.get(name) != parameters.get(name):
@@ -282,7 +310,7 @@ def _check_model(parameters: dict[str, list], shards: list[Shard], path: Path) -
             raise UserError(f"checkpoint {path} is of another model: {name} is {there} there and {here} here")
 
 
-def _described(parameter: list | None) -> str:
+def _described(parameter: list[int | str] | None) -> str:
     return "missing" if parameter is None else f"{parameter[0]:,} elements of {parameter[1]}"
 
 

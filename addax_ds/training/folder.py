@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -107,9 +106,9 @@ def _describe(config: RunConfig, pools: Partition, folder: Path) -> None:
         {"lengths": list(pools.lengths), "lt": pools.lt, "zo": len(pools.zo), "fo": len(pools.fo)},
     )
     text = yaml.safe_dump(dataclasses.asdict(_resolved(config, pools, folder)), sort_keys=False, allow_unicode=True)
-    versions = "".join(f"# {name} {version}\n" for name, version in _versions().items())
+    comments = "".join(f"# {name} {version}\n" for name, version in versions().items())
     unfinished = folder / f"{CONFIG}.tmp"
-    unfinished.write_text(versions + text, encoding="utf-8")
+    unfinished.write_text(comments + text, encoding="utf-8")
     os.replace(unfinished, folder / CONFIG)
 
 
@@ -117,11 +116,12 @@ def _resolved(config: RunConfig, pools: Partition, folder: Path) -> RunConfig:
     return dataclasses.replace(config, output=str(folder), lt=pools.lt if pools.lt is not None else "none")
 
 
-def _versions() -> dict[str, str]:
-    versions: dict[str, Any] = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of everything that numbers may depend on."""
+    found = {"python": platform.python_version()}
     for name in ("addax-ds", "torch", "transformers", "deepspeed", "datasets", "numba"):
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+            found[name] = "not installed"
+    return found

@@ -69,7 +69,7 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
     optimizer = Addax(model, **hyperparameters(config))
     if start:
         manifest = Checkpoints(folder / CHECKPOINTS, optimizer.engine, len(saved)).load(saved[start])
-        entries.position(start, manifest["run"]["journal"])
+        entries.position(start, manifest.run["journal"])
     elif weights_digest(optimizer.engine) != entries.header["weights"]:
         raise UserError(f"model {config.model} is not the one that the run began with: restore it")
     repeated = entries.records[start:stop]
@@ -119,7 +119,7 @@ def audit(folder: Path) -> dict[str, int]:
     noted = digests_of(entries)
     for path in complete(folder / CHECKPOINTS):
         manifest = read_manifest(path)
-        agree("weights", manifest["step"], noted.get(manifest["step"]), manifest["digest"])
+        agree("weights", manifest.step, noted.get(manifest.step), manifest.digest)
     if (folder / SUMMARY).exists():
         agree(
             "weights",

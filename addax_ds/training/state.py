@@ -45,11 +45,15 @@ class RunState:
         loaded, complaints = self._checkpoints.load_newest() if resuming else (None, [])
         for complaint in complaints:
             say(complaint)
-        self.steps: int = loaded["step"] if loaded else 0
+        self.steps = loaded.step if loaded else 0
         """Steps that the weights have taken."""
-        self.before: dict[str, float] | None = loaded["run"]["before"] if loaded else None
+        self.before: dict[str, float] | None = None
         """Scores before the first step, where an earlier process has measured them."""
-        self._line: str | None = loaded["run"]["journal"] if loaded else None
+        self._line: str | None = None  # digest of the journal's line of that step
+        if loaded is not None:
+            if not loaded.run.keys() >= {"before", "journal"}:
+                raise UserError(f"checkpoint step-{loaded.step:06d} in {folder} was not saved by a run: remove it")
+            self.before, self._line = loaded.run["before"], loaded.run["journal"]
         self._spoilt_in_row = 0
         # Rank 0 alone has files.
         self._metrics: MetricsWriter | None = None

@@ -40,7 +40,7 @@ def discover() -> None:
     """
     if "RANK" in os.environ:
         return
-    if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
+    if under_mpi():
         _discover_mpi()
         return
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
@@ -49,6 +49,11 @@ def discover() -> None:
             "srun alone does not tell ranks their address: have it start torchrun on each node, or use mpirun"
         )
     _set(rank=0, size=1, local_rank=0, address="127.0.0.1", port=_free_port())
+
+
+def under_mpi() -> bool:
+    """Whether an MPI launcher has started more than this one process."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES)
 
 
 def _discover_mpi() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from addax_ds.errors import UserError
 from addax_ds.training import checkpoint
-from addax_ds.training.checkpoint import Checkpoints, complete
+from addax_ds.training.checkpoint import Checkpoints, Manifest, complete
 from tests.engines.setups import TWO_BY_TWO, batch_for, build_model, running
 from tests.world import World
 
@@ -43,7 +43,7 @@ def save_then_step(engine: str, folder: Path, dtype: torch.dtype = torch.float32
     return digest
 
 
-def load(engine: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, dict]:
+def load(engine: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, Manifest]:
     with running(engine, other_weights(dtype)) as run:
         manifest, complaints = Checkpoints(folder, run.engine, keep=2).load_newest()
         assert not complaints and manifest is not None
@@ -60,7 +60,7 @@ def test_what_an_engine_saves_one_process_loads_and_the_other_way_round(world: W
     assert set(world.run(save_then_step, engine=engine, folder=tmp_path / "many", dtype=dtype)) == {expected}
     digest, manifest = load("replicated", tmp_path / "many", dtype)
     assert digest == expected
-    assert manifest["run"] == RUN and manifest["step"] == 7
+    assert manifest.run == RUN and manifest.step == 7
 
 
 def test_zero3_on_four_ranks_to_fsdp_on_three_to_one_process(tmp_path):
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(saved: Path, monkeypatch, at):
         manifest, complaints = Checkpoints(saved, run.engine, keep=2).load_newest()
     assert not complaints
     # Complete under its name is complete, even where `latest` could not follow.
-    assert manifest is not None and manifest["step"] == (11 if at == "latest" else 9)
+    assert manifest is not None and manifest.step == (11 if at == "latest" else 9)
     assert not [path for path in saved.iterdir() if path.suffix in (".partial", ".removed")]
 
 
@@ -157,13 +157,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path):
     shard.write_bytes(shard.read_bytes()[:-5])
     with running("replicated", build_model("llama-tied")) as run:
         manifest, complaints = Checkpoints(saved, run.engine, keep=2).load_newest()
-        assert manifest is not None and manifest["step"] == 7
+        assert manifest is not None and manifest.step == 7
         assert len(complaints) == 1 and "bytes, not" in complaints[0]
         # A resumed run saves under the damaged one's name.
         again = Checkpoints(saved, run.engine, keep=2)
         again.save(9, {})
         again.wait()
-        assert again.load(saved / "step-000009")["step"] == 9
+        assert again.load(saved / "step-000009").step == 9
 
 
 def test_without_any_that_loads_nothing_starts_over_in_silence(saved: Path):

@@ -1,0 +1,33 @@
+"""`addax-ds verify`: do all ranks have the same before a job is trusted to them?"""
+
+from rich.console import Console
+from rich.table import Table
+
+from addax_ds.config import RunConfig
+from addax_ds.errors import UserError
+from addax_ds.training.verify import Report, disagreements, gather, report_of
+
+
+def verify(config: RunConfig) -> None:
+    """Print what the ranks have, on rank 0. Raises `UserError` that names rank, node and item."""
+    own: list[Report] = []
+
+    def report(rank: int, local_rank: int) -> Report:
+        own.append(report_of(config, rank, local_rank))
+        return own[0]
+
+    reports = gather(report)
+    lines = disagreements(reports)
+    if own[0].rank == 0:
+        table = Table(title=f"{len(reports)} ranks on {len({report.node for report in reports})} nodes")
+        table.add_column("item")
+        table.add_column("on most ranks")
+        table.add_column("ranks that agree", justify="right")
+        for item in reports[0].items:
+            held = [report.items[item] for report in reports]
+            usual = max(dict.fromkeys(held), key=held.count)
+            table.add_row(item, usual, f"{held.count(usual)} of {len(held)}")
+        Console().print(table)
+        print(*lines, sep="\n", end="\n" if lines else "")
+    if lines:
+        raise UserError(f"{lines[0]}: mend that before a job runs on it")

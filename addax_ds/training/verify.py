@@ -1,0 +1,181 @@
+"""What every rank of a cluster must have in common before a job is trusted to it."""
+
+import hashlib
+import json
+import os
+import platform
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from addax_ds.config import RunConfig
+from addax_ds.core.kernels import noise
+from addax_ds.data.partition import partition
+from addax_ds.digest import weights_digest
+from addax_ds.errors import UserError
+from addax_ds.optimizer import Addax
+from addax_ds.training.folder import versions
+from addax_ds.training.models import hyperparameters, locate_model
+from addax_ds.training.run import prepare_inputs, step_batches, step_samples
+from addax_ds.training.world import under_mpi
+
+_STORE_TIMEOUT = timedelta(minutes=10)
+_BATCHES = 3
+_FAILED = "failed:"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank has."""
+
+    rank: int
+    node: str
+    items: dict[str, str]
+
+
+def gather(report_of: Callable[[int, int], Report]) -> list[Report]:
+    """The reports of all ranks, on every rank, without torch's process groups.
+
+    report_of: (rank, local rank) -> this rank's. Under mpirun reports travel by mpi4py, under
+    torchrun through the launcher's store; a plain process is alone.
+    """
+    if "RANK" in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return _through_store(report_of(rank, int(os.environ["LOCAL_RANK"])), size)
+    if not under_mpi():
+        return [report_of(0, 0)]
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError("verify needs mpi4py under mpirun: pip install 'addax-ds[mpi]'") from None
+    everyone = MPI.COMM_WORLD
+    local_rank = everyone.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    return everyone.allgather(report_of(everyone.Get_rank(), local_rank))
+
+
+def _through_store(report: Report, size: int) -> list[Report]:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun serves a store of its own at that port, and every other launcher leaves it to rank 0.
+    serving = report.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = torch.distributed.TCPStore(address, port, None, serving, _STORE_TIMEOUT)
+    store.set(f"addax_ds/verify/{report.rank}", json.dumps(asdict(report)))
+    reports = []
+    for rank in range(size):
+        try:
+            reports.append(Report(**json.loads(store.get(f"addax_ds/verify/{rank}"))))
+        except torch.distributed.DistStoreError:
+            raise UserError(f"rank {rank} did not report within {_STORE_TIMEOUT}: look at its node") from None
+    # Rank 0 may serve the store: it leaves last.
+    store.add("addax_ds/verify/read", 1)
+    while serving and store.add("addax_ds/verify/read", 0) < size:
+        pass
+    return reports
+
+
+def report_of(config: RunConfig, rank: int, local_rank: int) -> Report:
+    """This rank's report; an item that cannot be had says why in its place."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    measured: dict[str, Callable[[], str]] = {
+        "device": lambda: _device(device),
+        "noise, normal": lambda: _noise(device, "normal"),
+        "noise, rademacher": lambda: _noise(device, "rademacher"),
+        "weights": lambda: weights_of(config),
+        "batches": lambda: _batches(config),
+        "step": lambda: known_step(config, device),
+    }
+    items = {**versions(), **{name: _said(item) for name, item in measured.items()}}
+    return Report(rank, socket.gethostname(), items)
+
+
+def _said(item: Callable[[], str]) -> str:
+    try:
+        return item()
+    except Exception as error:  # whatever is wrong with a rank is what the table is for
+        return f"{_FAILED} {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _noise(device: torch.device, distribution: Any) -> str:
+    pieces = [
+        noise(seed, "verify", start, start + 4099, distribution=distribution, device=device)
+        for seed, start in ((0, 0), (2**52 + 1, 2**40 + 3))
+    ]
+    return hashlib.sha256(torch.cat(pieces).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def weights_of(config: RunConfig) -> str:
+    """Digest of the files that hold the model's weights, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(locate_model(config.model)).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _batches(config: RunConfig) -> str:
+    prepared = prepare_inputs(config)
+    pools = partition([example.length for example in prepared.train], config.lt)
+    digest = hashlib.sha256()
+    for step in range(_BATCHES):
+        samples = step_samples(config, pools, step)
+        inputs = frozenset(("input_ids", "attention_mask"))
+        for batches in step_batches(config, prepared, samples, inputs, torch.device("cpu")):
+            for batch in batches or []:
+                for name in sorted(batch):
+                    digest.update(f"{name} {tuple(batch[name].shape)}".encode() + batch[name].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def known_step(config: RunConfig, device: torch.device) -> str:
+    """Digest of the weights of a tiny known model after one step with the run's hyper-parameters, its g0 and loss."""
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.05 * noise(7, name, 0, parameter.numel()).view(parameter.shape))
+    optimizer = Addax(model.to(device, getattr(torch, config.dtype)), **hyperparameters(config))
+    ids = (torch.arange(4 * 24, device=device).view(4, 24) * 37) % 512
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    metrics = optimizer.train_step(batch, batch)
+    scalars = [*metrics["g0"], *([metrics["loss_fo"]] if metrics["loss_fo"] is not None else [])]
+    return f"{weights_digest(optimizer.engine)[:16]} " + " ".join(f"{scalar:.6g}" for scalar in scalars)
+
+
+def disagreements(reports: list[Report]) -> list[str]:
+    """A line for each item and rank that failed or differs from what most ranks have; rank 0 breaks a tie."""
+    lines = []
+    for item in reports[0].items:
+        held = [report.items[item] for report in reports]
+        usual = max(dict.fromkeys(held), key=held.count)
+        first = reports[held.index(usual)]
+        for report, value in zip(reports, held, strict=True):
+            if value.startswith(_FAILED):
+                lines.append(f"rank {report.rank} on {report.node}: {item} {value}")
+            elif value != usual:
+                lines.append(
+                    f"rank {report.rank} on {report.node}: {item} is {value}, "
+                    f"and on rank {first.rank} on {first.node} it is {usual}"
+                )
+    return lines

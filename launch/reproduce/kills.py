@@ -1,0 +1,81 @@
+"""A run that is killed again and again ends with the weights of one that was left alone.
+
+    python launch/reproduce/kills.py launch/reproduce/mixed.yaml steps=200 checkpoint_every=5 engine=fsdp --kills 20
+
+torchrun starts the ranks anew after each kill -9, of one rank or of all, at a random instant.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+def main(
+    run_file: Path,
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value on top of the run file.")] = None,
+    kills: Annotated[int, typer.Option(help="How often ranks are killed.")] = 20,
+    ranks: int = 2,
+    seed: int = 0,
+    output: Path = Path("runs/kills"),
+) -> None:
+    """Run once untouched and once under kills; status 1 where the final digests differ."""
+    words = [str(run_file), *(settings or [])]
+    untouched, killed = output / "untouched", output / "killed"
+    if subprocess.run(command(ranks, 0, [*words, f"output={untouched}"]), stdout=subprocess.DEVNULL).returncode:
+        sys.exit("the untouched run failed")
+    draw, log, done = random.Random(seed), (output / "killed.log").open("wb"), Counter()
+    run = subprocess.Popen(command(ranks, kills + 1, [*words, f"output={killed}"]), stdout=log, stderr=log)
+    steps = 0
+    while run.poll() is None and sum(done.values()) < kills:
+        time.sleep(draw.uniform(0, 4) if steps_of(killed) > steps else 0.2)
+        victims = processes_of(run.pid)
+        if steps_of(killed) <= steps or len(victims) < ranks:
+            continue  # every kill has to meet a run that has got further
+        one = draw.random() < 0.7
+        for process in [draw.choice(victims)] if one else victims:
+            process.send_signal(signal.SIGKILL)
+        done["one rank" if one else "all ranks"] += 1
+        steps = steps_of(killed)
+        print(f"kill {sum(done.values())}: {'one rank' if one else 'all ranks'} at step {steps}", flush=True)
+        time.sleep(2)
+    status = run.wait()
+    digests = [json.loads((folder / "summary.json").read_text())["final_digest"] for folder in (untouched, killed)]
+    survived = "survived" if status == 0 and digests[0] == digests[1] else "NOT survived"
+    print(
+        f"{sum(done.values())} kills ({dict(done)}) {survived}: untouched {digests[0][:12]}, killed {digests[1][:12]}"
+    )
+    sys.exit(survived != "survived" or sum(done.values()) < kills)
+
+
+def command(ranks: int, restarts: int, words: list[str]) -> list[str]:
+    """torchrun with the train command; the run folder is how it goes on."""
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks), "--max-restarts", str(restarts)]
+    return [*launcher, "--monitor-interval", "0.2", TRAIN, *words]
+
+
+def steps_of(folder: Path) -> int:
+    """Steps noted so far."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def processes_of(launcher: int) -> list[psutil.Process]:
+    """The ranks that a launcher runs."""
+    children = psutil.Process(launcher).children()
+    return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+if __name__ == "__main__":
+    typer.run(main)
