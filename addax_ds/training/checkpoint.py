@@ -187,7 +187,7 @@ class Checkpoints:
             dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         if self._engine.rank != 0:
             return
-        parameters = {name: [shard.numel, _dtype(shard.local)] for name, shard in staged.items()}
+        parameters = {name: _kind(shard) for name, shard in staged.items()}
         check_complete(_stored(partial), parameters, partial)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, **asdict(Manifest(step, digest, parameters, files, run))}
@@ -303,7 +303,7 @@ def cause_of(failure: BaseException) -> str:
 
 
 def _check_model(parameters: dict[str, list[int | str]], shards: list[Shard], path: Path) -> None:
-    mine = {shard.name: [shard.numel, _dtype(shard.local)] for shard in shards}
+    mine = {shard.name: _kind(shard) for shard in shards}
     for name in sorted(mine.keys() | parameters.keys()):
         if mine.get(name) != parameters.get(name):
             there, here = (_described(held.get(name)) for held in (parameters, mine))
@@ -314,8 +314,9 @@ def _described(parameter: list[int | str] | None) -> str:
     return "missing" if parameter is None else f"{parameter[0]:,} elements of {parameter[1]}"
 
 
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _kind(shard: Shard) -> list[int | str]:
+    """Elements and type of a parameter."""
+    return [shard.numel, str(shard.local.dtype).removeprefix("torch.")]
 
 
 def _stored(path: Path) -> Metadata:

@@ -22,9 +22,14 @@ def _python(ranks: int) -> list[str]:
     return [sys.executable, TRAIN]
 
 
-def _torchrun(ranks: int) -> list[str]:
+def _torchrun(ranks: int, restarts: int = 0) -> list[str]:
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    return [sys.executable, "-m", "torch.distributed.run", *address, "--nproc_per_node", str(ranks), TRAIN]
+    options = ["--nproc_per_node", str(ranks), "--max-restarts", str(restarts), "--monitor-interval", "0.2"]
+    return [sys.executable, "-m", "torch.distributed.run", *address, *options, TRAIN]
+
+
+def _torchrun_restarting(ranks: int) -> list[str]:
+    return _torchrun(ranks, restarts=5)
 
 
 def _deepspeed(ranks: int) -> list[str]:
@@ -39,7 +44,13 @@ def _mpirun(ranks: int) -> list[str]:
     return [launcher, "-n", str(ranks), "--oversubscribe", sys.executable, TRAIN]
 
 
-LAUNCHERS = {"python": _python, "torchrun": _torchrun, "deepspeed": _deepspeed, "mpirun": _mpirun}
+LAUNCHERS = {
+    "python": _python,
+    "torchrun": _torchrun,
+    "torchrun-restarting": _torchrun_restarting,
+    "deepspeed": _deepspeed,
+    "mpirun": _mpirun,
+}
 
 
 class Launched:
@@ -102,6 +113,10 @@ class Launched:
     def alive(self) -> list[psutil.Process]:
         """Children that still run."""
         return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def terminate(self) -> None:
+        """Ask the launcher to end, as a cluster does."""
+        self._process.terminate()
 
     def wait(self, seconds: float) -> int:
         """The launcher's exit status; a launcher that does not end is a failure."""

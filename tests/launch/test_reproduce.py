@@ -1,0 +1,45 @@
+"""The reproduction scripts do what they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cli.commands import environment
+from tests.launch.processes import ROOT
+
+SCRIPTS = ROOT / "launch" / "reproduce"
+
+
+def script(name, *words, cwd, seconds=400):
+    variables = environment()
+    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+    command = [sys.executable, str(SCRIPTS / name), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=seconds)
+
+
+def rows_of(output):
+    lines = [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if line.startswith("│")
+    ]
+    return {(cells[0], cells[1]): cells[2:] for cells in lines}
+
+
+def test_worlds_print_one_table_and_a_second_run_is_the_first_to_the_last_bit(tiny, tmp_path):
+    words = [tiny.run_file, "alpha=1", "lr=0.01", "save=false", "--ranks", 1, "--ranks", 2]
+    words += ["--engines", "fsdp", "--engines", "zero3"]
+    first, second = (
+        script("worlds.py", *words, "--output", tmp_path / name, cwd=tmp_path) for name in ("first", "second")
+    )
+    assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
+    rows = rows_of(first.stdout)
+    assert set(rows) == {(engine, ranks) for engine in ("fsdp", "zero3") for ranks in ("1", "2")}
+    assert len({tuple(cells) for cells in rows.values()}) == 1
+    assert rows == rows_of(second.stdout)
+
+
+def test_kills_are_survived(tiny, tmp_path):
+    words = [tiny.run_file, "steps=150", "checkpoint_every=5", "save=false", "engine=fsdp", "--kills", 3]
+    done = script("kills.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert re.search(r"3 kills \{.*\} survived", done.stdout)
