@@ -14,7 +14,7 @@ from torch import nn
 
 from addax_ds.config import AddaxConfig, build
 from addax_ds.core.checkpointing import refuse_reentrant
-from addax_ds.core.dropout import dropout
+from addax_ds.core.dropout import dropout, dropout_seed
 from addax_ds.core.lanes import Job, Lanes, raise_first
 from addax_ds.core.noise import step_seed
 from addax_ds.core.plain import Perturbation
@@ -49,6 +49,7 @@ class Addax(torch.optim.Optimizer):
         self.placement = ""
         """Where the noise is added, "gathered" or "shard"; empty before the first zeroth-order step."""
         self.placement_reason = ""
+        self._checked = False  # what only the first step of a process checks
         self._host_is_forwarding = False
         self._host_entered: set[str] = set()  # paths of modules, noted in the first step
         defaults = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
@@ -146,7 +147,7 @@ class Addax(torch.optim.Optimizer):
         self._updates.begin()
         refuse_reentrant(engine.model)
         engine.before_step()
-        if self.steps == 0:
+        if not self._checked:
             self._check_batches_agree(mine)
         if zo:
             self._place()
@@ -165,8 +166,9 @@ class Addax(torch.optim.Optimizer):
                 scalars.vector = engine.sum(scalars.vector)
                 _raise_faults(scalars.faults(), [job for _, job in guests])
                 scalars.check_fingerprints()
-                if self.steps == 0:
+                if not self._checked:
                     engine.check_reached(self._lanes.entered | self._host_entered)
+                    self._checked = True
                 means = *scalars.zo_means(), scalars.fo_mean()
                 metrics, self._updates.pending = self._decide(*means, seed, 1.0 - config.alpha)
                 self.steps += 1
@@ -237,20 +239,21 @@ class Addax(torch.optim.Optimizer):
                 loss.backward()
             mine = first + self.engine.rank
             if mine < len(fo):
-                losses = self._host_forward(fo[mine], loss_fn)
+                losses = self._host_forward(fo[mine], loss_fn, seed + mine)
                 scalars.put_fo(mine, losses)
                 loss = losses.sum() / scalars.fo_samples
             else:
                 # A rank without a micro-batch of its own joins the collectives with weight zero.
-                loss = self._host_forward(fo[-1], loss_fn).sum() * 0.0
+                loss = self._host_forward(fo[-1], loss_fn, seed).sum() * 0.0
         return loss
 
-    def _host_forward(self, batch: Batch, loss_fn: LossFunction) -> torch.Tensor:
-        """Per-sample losses of the model itself: [batch]."""
+    def _host_forward(self, batch: Batch, loss_fn: LossFunction, seed: int) -> torch.Tensor:
+        """Per-sample losses of the model itself: [batch]; `seed` is that of its dropout."""
         self._host_is_forwarding = True
-        watches = self._watch_host() if self.steps == 0 else []
+        watches = [] if self._checked else self._watch_host()
         try:
-            return per_sample(loss_fn(self.engine.model, batch), batch_size(batch))
+            with dropout_seed(seed, self.engine.device, self.config.dropout):
+                return per_sample(loss_fn(self.engine.model, batch), batch_size(batch))
         finally:
             self._host_is_forwarding = False
             for watch in watches:
@@ -316,8 +319,9 @@ class Addax(torch.optim.Optimizer):
             scalars.put([job.result for job in jobs])
         scalars.vector = engine.sum(scalars.vector)
         _raise_faults(scalars.faults(), jobs)
-        if self.steps == 0:
+        if not self._checked:
             engine.check_reached(self._lanes.entered)
+            self._checked = True
         means = scalars.means()
         metrics, self._updates.pending = self._decide(means[0::2], means[1::2], None, seed, self._own_loop_weight())
         return metrics
@@ -360,9 +364,12 @@ class Addax(torch.optim.Optimizer):
         """Repeat zeroth-order steps, (seed, g0, lr) each, without their forwards: the same bits.
 
         For steps of alpha 1 under these hyper-parameters, in order; a skipped one has no g0. No
-        collectives: every rank moves its own shards.
+        collectives: every rank moves its own shards. Raises `UserError` with several parameter groups,
+        which have learning rates of their own.
         """
         self._check_idle()
+        if len(self.param_groups) > 1:
+            raise UserError("steps can be repeated with one parameter group: give all parameters one learning rate")
         writes = []
         for seed, g0, lr in steps:
             coefficients = tuple(self.config.alpha * g / self.config.queries for g in g0)
@@ -373,8 +380,11 @@ class Addax(torch.optim.Optimizer):
 
     @property
     def gradients_left_out(self) -> int:
-        """Gradient elements that were not finite on this rank in the last step, and were taken as zero."""
-        return int(self._updates.left_out.item())
+        """Gradient elements that were not finite in the last step, and were taken as zero, in this rank's shards.
+
+        Further replicas of a shard count none, so that ranks add up to the whole.
+        """
+        return int(self._updates.left_out.item()) if self.engine.is_primary_copy() else 0
 
     def run_guests(self, runs: list[Callable[[nn.Module], Any]]) -> list[Any]:
         """Forwards of the unperturbed model in evaluation mode, on one gather of every unit.

@@ -1,6 +1,5 @@
 """The writes of a step: the one place where weights change."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,24 +102,12 @@ class Updates:
         if name in self._accumulated:
             earlier = self._accumulated.pop(name)
             gradient = earlier if gradient is None else earlier.add_(gradient)
-        if gradient is not None and gradient.numel():
-            gradient = self._finite(gradient)
         shard = self._engine.shard(name)
         step = self._step(name, pending, float(self._groups()[self._group_of[name]]["lr"]))
-        kernels.update(shard.local, shard.start, gradient, name, step)
+        # Other weights are written by now, so the step cannot be skipped any more; and a weight that
+        # is not finite would spoil every later step.
+        self.left_out += kernels.update(shard.local, shard.start, gradient, name, step)
         pending.written.add(name)
-
-    def _finite(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient with zeros where it is not finite, which are counted.
-
-        Other weights are written by then, so the step cannot be skipped any more; a weight that is
-        not finite would spoil every later step.
-        """
-        # One reading pass where that settles it. On a GPU its answer would hold up the backward.
-        if gradient.device.type == "cpu" and math.isfinite(torch.linalg.vector_norm(gradient, math.inf).item()):
-            return gradient
-        self.left_out += (~gradient.isfinite()).sum()
-        return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def _step(self, name: str, pending: Pending, lr: float) -> Step:
         return Step(

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from addax_ds.config import RunConfig
 from addax_ds.errors import UserError
-from addax_ds.training.verify import Report, disagreements, gather, report_of
+from addax_ds.training.verify import Report, disagreements, gather, report_of, usual
 
 
 def verify(config: RunConfig) -> None:
@@ -24,9 +24,8 @@ def verify(config: RunConfig) -> None:
         table.add_column("on most ranks")
         table.add_column("ranks that agree", justify="right")
         for item in reports[0].items:
-            held = [report.items[item] for report in reports]
-            usual = max(dict.fromkeys(held), key=held.count)
-            table.add_row(item, usual, f"{held.count(usual)} of {len(held)}")
+            value, count = usual(reports, item)
+            table.add_row(item, value, f"{count} of {len(reports)}")
         Console().print(table)
         print(*lines, sep="\n", end="\n" if lines else "")
     if lines:

@@ -255,6 +255,7 @@ def _update(
     random = np.empty(CHUNK, np.uint16)
     rounding = np.empty((4, CHUNK // 8), np.uint32)
     stochastic = stochastic and not wide
+    infinite, left_out = np.uint32(0x7F800000), np.int64(0)  # the exponent of what is not finite
     element = start + begin
     while element < start + end:
         first = element - element % CHUNK
@@ -263,8 +264,16 @@ def _update(
         offset = element - start
         if gradient.size > 0:
             part = gradient[offset : offset + count]
+            exponents, bad = part.view(np.uint32), np.uint32(0)
+            for i in range(count):
+                bad += np.uint32((exponents[i] & infinite) == infinite)
             for i in range(count):
                 direction[i] = part[i] * gradient_weight
+            if bad > 0:
+                left_out += np.int64(bad)
+                for i in range(count):
+                    if (exponents[i] & infinite) == infinite:
+                        direction[i] = np.float32(0.0)
         else:
             direction[:count] = np.float32(0.0)
         for query in range(coefficients.size):
@@ -288,6 +297,7 @@ def _update(
         if not wide:
             _store(stored, value, random, stochastic)
         element += count
+    return left_out
 
 
 @_compile
@@ -384,10 +394,10 @@ def _stream(name: str, point: Perturbation) -> tuple:
     return (point.query, PURPOSE[point.distribution], *_key(point.seed, name))
 
 
-def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
+def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int:
     """See `plain.update`."""
     if local.numel() == 0:
-        return
+        return 0
     memory, wide = _stored(local), local.dtype == torch.float32
     # Kept by name: the array below is only a view of its memory.
     gradient = None if gradient is None else gradient.detach().float().contiguous()
@@ -395,12 +405,13 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
     coefficients = np.array(step.coefficients, np.float32)
     scalars = np.float32(step.lr), np.float32(1.0 - step.lr * step.weight_decay)
     weight, purpose, key = np.float32(step.gradient_weight), PURPOSE[step.distribution], _key(step.seed, name)
-    _split(
+    left_out = _split(
         local.numel(),
         lambda begin, end: _update(
             memory, start, begin, end, g, weight, coefficients, *scalars, purpose, *key, wide, step.stochastic
         ),
     )
+    return sum(map(int, left_out))
 
 
 def digest(local: torch.Tensor, start: int) -> int:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,3 +34,13 @@ def dropout(model: nn.Module, enabled: bool) -> Iterator[None]:
     finally:
         for module, attribute, value in found:
             setattr(module, attribute, value)
+
+
+@contextlib.contextmanager
+def dropout_seed(seed: int, device: torch.device, enabled: bool) -> Iterator[None]:
+    """Masks that depend on the seed alone, so that runs repeat and resume; torch's generators stay as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=enabled):
+        if enabled:
+            torch.manual_seed(seed)
+        yield

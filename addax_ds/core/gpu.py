@@ -226,7 +226,8 @@ def _update(
     base, offset, inside = _place(start, count, tile)
     direction = tl.zeros((TILE,), tl.float32)
     if has_gradient:
-        direction = tl.load(gradient + base + offset, mask=inside, other=0.0).to(tl.float32) * gradient_weight
+        part = tl.load(gradient + base + offset, mask=inside, other=0.0).to(tl.float32)
+        direction = tl.where(tl.abs(part) < float("inf"), part, 0.0) * gradient_weight
     for query in tl.static_range(len(coefficients)):
         direction += _noise(tile, key0 * 0 + query, purpose, key0, key1) * coefficients[query]
     value = tl.load(local + base + offset, mask=inside, other=0.0).to(tl.float32)
@@ -299,11 +300,11 @@ def _stream(name: str, point: Perturbation) -> tuple:
     return (point.query, *_key(point.seed, name), PURPOSE[point.distribution])
 
 
-def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
+def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int | torch.Tensor:
     """See `plain.update`."""
     _check(local)
     if not local.numel():
-        return
+        return 0
     _launch(
         _update,
         (_tiles(start, local.numel()),),
@@ -320,3 +321,5 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
         gradient is not None,
         local.dtype == torch.bfloat16 and step.stochastic,
     )
+    # Left on the device: its number would hold up the backward.
+    return 0 if gradient is None else (~gradient.isfinite()).sum()

@@ -54,8 +54,8 @@ def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Per
     return _backend(weight.device.type).perturb_rows(weight, rows, name, point)
 
 
-def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
+def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int | torch.Tensor:
     """The fused update, in place on a flat shard. See `plain.update`."""
     if gradient is not None:
         gradient = gradient.to(local.device)
-    _backend(local.device.type).update(local, start, gradient, name, step)
+    return _backend(local.device.type).update(local, start, gradient, name, step)

@@ -93,17 +93,21 @@ def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Per
     return out
 
 
-def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> None:
+def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int:
     """The fused update, in place on a flat shard.
 
     local: [n], float32 or bfloat16, elements [start, start + n) of the flattened parameter.
-    gradient: [n] of any float type, or None where the first-order part has none.
+    gradient: [n] of any float type, or None where the first-order part has none. Its elements that
+    are not finite count as zero. Returns how many those are; an int64 tensor [] on a GPU.
     """
     stop = start + local.numel()
     device = local.device
     direction = torch.zeros(local.numel(), device=device)
+    left_out = 0
     if gradient is not None:
-        direction = gradient.float() * _float32(step.gradient_weight)
+        finite = gradient.isfinite()
+        left_out = int((~finite).sum())
+        direction = torch.where(finite, gradient, 0.0).float() * _float32(step.gradient_weight)
     for query, coefficient in enumerate(step.coefficients):
         z = draw(step.seed, name, start, stop, query, step.distribution, device)
         direction = direction + z * _float32(coefficient)
@@ -112,6 +116,7 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
     if local.dtype == torch.bfloat16 and step.stochastic:
         updated = _round_stochastically(updated, rounding_bits(step.seed, name, start, stop, device))
     local.copy_(updated)
+    return left_out
 
 
 def _float32(x: float) -> float:

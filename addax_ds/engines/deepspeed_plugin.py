@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -16,6 +17,7 @@ from deepspeed.utils import groups
 
 from addax_ds.core.skeleton import strip
 from addax_ds.engines.base import Engine
+from addax_ds.engines.deepspeed_state import flat_groups, load_flat_groups
 from addax_ds.engines.replicated import Replicated
 from addax_ds.engines.zero3 import Zero3
 from addax_ds.errors import UserError
@@ -177,6 +179,10 @@ class DeepSpeedAddax(ZeROOptimizer):
     def steps(self) -> int:
         return self.optimizer.steps
 
+    @steps.setter
+    def steps(self, taken: int) -> None:
+        self.optimizer.steps = taken
+
     @property
     def placement(self) -> str:
         return self.optimizer.placement
@@ -227,13 +233,49 @@ class DeepSpeedAddax(ZeROOptimizer):
         """Gradients are freed as they are applied; this clears any that a user made."""
         self.optimizer.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `Addax.state_dict`."""
-        return self.optimizer.state_dict()
+    # DeepSpeed names the weights of its checkpoints by these groups.
 
-    def load_state_dict(self, state_dict: dict[str, Any], **_: Any) -> None:
-        """See `Addax.load_state_dict`."""
-        self.optimizer.load_state_dict(state_dict)
+    @property
+    def fp16_groups(self) -> list[list[Any]]:
+        """All trainable parameters, in one group."""
+        return [[parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]]
+
+    bit16_groups = fp16_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Addax.state_dict`; from ZeRO-1 on with this rank's part of the weights, as DeepSpeed saves it."""
+        state, stage = self.optimizer.state_dict(), int(self._engine.zero_optimization_stage())
+        if stage == 0:
+            return state
+        group = self.dp_process_group
+        ranks = dist.get_rank(group), dist.get_world_size(group)
+        return {OPTIMIZER_STATE_DICT: state, **flat_groups(self.fp16_groups[0], stage, *ranks)}
+
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any] | None = None,
+        state_dict_list: list[dict[str, Any]] | None = None,
+        load_optimizer_states: bool = True,
+        **_: Any,
+    ) -> None:
+        """See `Addax.load_state_dict`; DeepSpeed's `load_checkpoint` gives a list with every rank's part."""
+        if state_dict_list is not None:
+            state_dict = state_dict_list[dist.get_rank(self.dp_process_group)]
+        assert state_dict is not None, "nothing to load"
+        if OPTIMIZER_STATE_DICT not in state_dict:
+            self.optimizer.load_state_dict(state_dict)
+            return
+        if state_dict_list is not None:
+            state_dict = state_dict[OPTIMIZER_STATE_DICT]
+        if state_dict["zero_stage"] == 3:
+            load_flat_groups(self.fp16_groups[0], state_dict)
+        if load_optimizer_states:
+            self.optimizer.load_state_dict(state_dict[OPTIMIZER_STATE_DICT])
+        self.engine.after_step(True)
+
+    def checkpoint_event_prologue(self) -> None:
+        """DeepSpeed calls it before it saves: drop gathered copies."""
+        self.engine.after_step(True)
 
     def empty_partition_cache(self) -> None:
         """DeepSpeed calls it before it reads the weights: drop gathered copies."""

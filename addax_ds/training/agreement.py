@@ -28,7 +28,8 @@ def from_main(engine: Engine, work: Callable[[], Any]) -> Any:
         try:
             outcome[0] = work()
         except OSError as error:
-            outcome[1] = f"{error.filename}: {error.strerror}: mend that or choose another output"
+            where = f"{error.filename}: " if error.filename else "the run folder cannot be written: "
+            outcome[1] = f"{where}{error.strerror or error}: mend that or choose another output"
         except UserError as error:
             outcome[1] = str(error)
     if engine.world_size > 1:

@@ -4,7 +4,7 @@ torch.distributed.checkpoint plans, writes and reads; the files are safetensors 
 nothing is ever executed. A checkpoint is a folder that gets its name when it is complete:
 
     checkpoints/step-000020/      shard-*.safetensors, manifest.json
-    checkpoints/latest            names the newest complete one
+    checkpoints/latest            names the one that was completed last, for scripts
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
@@ -35,7 +35,10 @@ from addax_ds.digest import weights_digest
 from addax_ds.engines.base import Engine
 from addax_ds.errors import UserError
 from addax_ds.training.agreement import agree, from_main
-from addax_ds.training.metrics import write_json
+from addax_ds.training.metrics import sync_folder, write_json, write_whole
+
+# Said of every save and load in a process that is no rank of several.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -122,8 +125,7 @@ class _Writing:
 class Checkpoints:
     """The checkpoints of one run, in one folder that every rank sees. All methods are collectives.
 
-    keep: how many of the newest remain. What an earlier process left unfinished is removed here.
-    Raises `UserError` where the folder cannot be written.
+    keep: how many of the newest remain.
     """
 
     def __init__(self, folder: Path, engine: Engine, keep: int) -> None:
@@ -131,21 +133,28 @@ class Checkpoints:
         self._writing: _Writing | None = None
         # The thread's collectives run beside those of the next step.
         self._group = dist.new_group(backend="gloo") if engine.world_size > 1 else None
-        from_main(engine, self._tidy)
 
-    def _tidy(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.iterdir():
-            if left.suffix in _UNFINISHED:
-                shutil.rmtree(left)
+    def tidy(self) -> None:
+        """Make the folder, and remove what an earlier process of the run has left unfinished in it.
+
+        Raises `UserError` where it cannot be written.
+        """
+
+        def work() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.iterdir():
+                if left.suffix in _UNFINISHED:
+                    shutil.rmtree(left)
+
+        from_main(self._engine, work)
 
     # -- saving ---------------------------------------------------------------------------------
 
-    def save(self, step: int, run: dict[str, Any]) -> str:
+    def save(self, step: int, run: dict[str, Any]) -> str | None:
         """Copy this rank's shards and write them in the background, with `run` of rank 0 beside them (JSON).
 
-        Returns the digest of the weights, when the copies are made and weights may be written again. Raises
-        what the previous save has met.
+        Returns the digest of the weights, when the copies are made and weights may be written again;
+        None, and saves nothing, where a weight is not finite. Raises what the previous save has met.
         """
         self.wait()
         mine = self._engine.is_primary_copy()
@@ -155,9 +164,15 @@ class Checkpoints:
             local = shard.local.detach() if mine else shard.local[:0]
             copy = torch.empty(local.shape, dtype=local.dtype).copy_(local)
             staged[shard.name] = Shard(shard.name, shard.numel, shard.start, copy)
+        if not self._all_finite(staged.values()):
+            return None
         digest = weights_digest(self._engine)
         self._writing = _Writing(lambda: self._write(step, staged, digest, run))
         return digest
+
+    def _all_finite(self, shards: Iterable[Shard]) -> bool:
+        spoilt = not all(bool(shard.local.isfinite().all()) for shard in shards)
+        return not self._engine.sum(torch.tensor([float(spoilt)], dtype=torch.float64)).item()
 
     def wait(self) -> None:
         """Return when the save under way is complete; raises `UserError` on every rank where one failed."""
@@ -180,45 +195,44 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         state: dict[str, Any] = {name: FlatRange(shard) for name, shard in staged.items()}
-        with warnings.catch_warnings():
-            # torch warns of its own deprecated calls here.
-            warnings.simplefilter("ignore")
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         if self._engine.rank != 0:
             return
         parameters = {name: _kind(shard) for name, shard in staged.items()}
-        check_complete(_stored(partial), parameters, partial)
+        check_complete(HuggingFaceStorageReader(str(partial)).read_metadata(), parameters, partial)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, **asdict(Manifest(step, digest, parameters, files, run))}
         write_json(partial / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
-        if final.exists():  # found damaged when the run was resumed
-            _remove(final)
+        sync_folder(partial)
         os.replace(partial, final)
-        _sync(self.folder)
-        named = self.folder / f"{LATEST}.tmp"
-        named.write_text(f"{final.name}\n")
-        os.replace(named, self.folder / LATEST)
-        _sync(self.folder)
+        sync_folder(self.folder)
+        write_whole(self.folder / LATEST, f"{final.name}\n")
         for old in complete(self.folder)[self._keep :]:
             _remove(old)
 
     # -- loading --------------------------------------------------------------------------------
 
-    def load_newest(self) -> tuple[Manifest | None, list[str]]:
+    def load_newest(self, check: Callable[[Manifest], None] = lambda _: None) -> tuple[Manifest | None, list[str]]:
         """Load the newest checkpoint that is whole; its manifest, and what is wrong with newer ones.
 
+        check: raises `UserError` for one that cannot be used; the same on every rank. Newer ones are
+        set aside as step-....damaged, so that what the run saves from here on is the newest again.
         None without any checkpoint. Raises `UserError` where there are some and none can be loaded.
         """
         found = from_main(self._engine, lambda: [str(path) for path in complete(self.folder)])
         complaints: list[str] = []
-        for path in found:
+        for path in map(Path, found):
             try:
-                return self.load(Path(path)), complaints
+                manifest = self.load(path)
+                check(manifest)
             except UserError as error:
                 complaints.append(str(error))
+                continue
+            from_main(self._engine, lambda: _set_aside(found[: len(complaints)]))
+            return manifest, complaints
         if complaints:
-            raise UserError(f"{complaints[0]}, and no older one can be loaded: remove {self.folder} to start again")
+            raise UserError(f"{complaints[0]}, and no older one can be used: remove {self.folder} to start again")
         return None, []
 
     def load(self, path: Path) -> Manifest:
@@ -227,24 +241,22 @@ class Checkpoints:
         Raises `UserError` where it is damaged or of another model; weights are undefined then.
         """
         engine = self._engine
-        manifest = from_main(engine, lambda: read_manifest(path))
+        manifest = from_main(engine, lambda: _checked(path))
         shards = list(engine.shards())
         _check_model(manifest.parameters, shards, path)
         state: dict[str, Any] = {shard.name: FlatRange(shard) for shard in shards}
         error = ""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                reader = HuggingFaceStorageReader(str(path))
-                dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            reader = HuggingFaceStorageReader(str(path))
+            dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except (Exception, CheckpointException) as failure:  # a damaged file can fail anywhere in its readers
             error = f"checkpoint {path} is damaged: {cause_of(failure)}: load another"
         agree(engine, error)
         engine.after_step(True)
         if weights_digest(engine) != manifest.digest:
             raise UserError(f"checkpoint {path} is damaged: its weights have another digest: load another")
-        finite = all(bool(shard.local.isfinite().all()) for shard in engine.shards())
-        agree(engine, "" if finite else f"checkpoint {path} holds weights that are not finite: load another")
+        if not self._all_finite(engine.shards()):
+            raise UserError(f"checkpoint {path} holds weights that are not finite: load another")
         return manifest
 
 
@@ -284,6 +296,18 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _checked(path: Path) -> Manifest:
+    """The manifest, held against what the files themselves say of their tensors."""
+    manifest = read_manifest(path)
+    try:
+        check_complete(HuggingFaceStorageReader(str(path)).read_metadata(), manifest.parameters, path)
+    except UserError:
+        raise
+    except Exception as failure:  # a damaged header can fail anywhere in its readers
+        raise UserError(f"checkpoint {path} is damaged: {cause_of(failure)}: load another") from None
+    return manifest
+
+
 def check_complete(stored: Metadata, parameters: dict[str, list[int | str]], path: Path) -> None:
     """Raises `UserError` where the files lack elements of a parameter."""
     for name, (numel, _) in parameters.items():
@@ -319,10 +343,6 @@ def _kind(shard: Shard) -> list[int | str]:
     return [shard.numel, str(shard.local.dtype).removeprefix("torch.")]
 
 
-def _stored(path: Path) -> Metadata:
-    return HuggingFaceStorageReader(str(path)).read_metadata()
-
-
 def _sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -334,10 +354,10 @@ def _remove(path: Path) -> None:
     shutil.rmtree(removed)
 
 
-def _sync(folder: Path) -> None:
-    """Have the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _set_aside(paths: list[str]) -> None:
+    """Keep checkpoints that cannot be used for people to look at, in place of earlier such ones."""
+    for path in map(Path, paths):
+        aside = path.with_suffix(".damaged")
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        os.replace(path, aside)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from addax_ds.core.skeleton import Absent, link_buffers
 from addax_ds.engines.base import Engine
+from addax_ds.training.agreement import from_main
 
 
 def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -23,13 +24,15 @@ def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         whole = engine.whole(name)
         if engine.rank == 0:
             weights[name] = whole.cpu()
-    if engine.rank != 0:
-        return
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    # The skeleton is the model's own class with its configuration, without an engine's traces.
-    skeleton: Any = engine.skeleton
-    skeleton.save_pretrained(unfinished, state_dict=weights)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)  # of this run too, ended before its summary was written
-    os.replace(unfinished, folder)
+
+    def write() -> None:
+        unfinished = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        # The skeleton is the model's own class with its configuration, without an engine's traces.
+        skeleton: Any = engine.skeleton
+        skeleton.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)  # of this run too, ended before its summary was written
+        os.replace(unfinished, folder)
+
+    from_main(engine, write)

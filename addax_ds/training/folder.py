@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -14,11 +15,14 @@ import yaml
 from addax_ds.config import RunConfig, load_run
 from addax_ds.data.partition import Partition
 from addax_ds.errors import UserError
-from addax_ds.training.metrics import METRICS, write_json
+from addax_ds.training.metrics import METRICS, read_json, write_json, write_whole
 from addax_ds.training.world import World
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+JOURNAL = "journal.jsonl"
+CHECKPOINTS = "checkpoints"
+LENGTHS = "lengths.json"
 
 # Settings that a resumed run may change: none of them moves a weight by more than another engine does.
 _FREE = {
@@ -38,6 +42,14 @@ _FREE = {
 }
 
 
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run that was complete when torchrun started its ranks again: nothing is left to do."""
+    if config.output is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    path = Path(config.output) / SUMMARY
+    return {**read_json(path), "folder": config.output} if path.exists() else None
+
+
 def can_resume(config: RunConfig, pools: Partition) -> bool:
     """Whether `config.output` holds an unfinished run of these settings.
 
@@ -53,7 +65,7 @@ def can_resume(config: RunConfig, pools: Partition) -> bool:
     if (folder / SUMMARY).exists():
         raise UserError(f"output {config.output} holds a finished run already: choose another folder or remove it")
     if not (folder / CONFIG).exists():
-        for name in (METRICS, "model"):
+        for name in (METRICS, JOURNAL, CHECKPOINTS, "model"):
             if (folder / name).exists():
                 raise UserError(f"output {config.output} holds {name} of another run: choose another folder")
         return False
@@ -102,14 +114,12 @@ def _lock(folder: Path) -> None:
 
 def _describe(config: RunConfig, pools: Partition, folder: Path) -> None:
     write_json(
-        folder / "lengths.json",
+        folder / LENGTHS,
         {"lengths": list(pools.lengths), "lt": pools.lt, "zo": len(pools.zo), "fo": len(pools.fo)},
     )
     text = yaml.safe_dump(dataclasses.asdict(_resolved(config, pools, folder)), sort_keys=False, allow_unicode=True)
     comments = "".join(f"# {name} {version}\n" for name, version in versions().items())
-    unfinished = folder / f"{CONFIG}.tmp"
-    unfinished.write_text(comments + text, encoding="utf-8")
-    os.replace(unfinished, folder / CONFIG)
+    write_whole(folder / CONFIG, comments + text)
 
 
 def _resolved(config: RunConfig, pools: Partition, folder: Path) -> RunConfig:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from addax_ds.errors import UserError
+from addax_ds.training.folder import JOURNAL
 
-JOURNAL = "journal.jsonl"
 FORMAT = 1
 _DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 _DIGEST = 6  # digits of base 64: 36 bits
@@ -53,6 +53,8 @@ class Entries:
     """Objects after the header, each with the number of steps taken before it in "after"."""
     ends: list[tuple[int, int, str]]
     """For each line, the header first: steps taken by its end, its end in bytes, its digest."""
+    damage: str
+    """What is wrong with the line after the last of these; empty where nothing is."""
 
     def position(self, steps: int, digest: str) -> int:
         """End in bytes of the line with this digest, after the first `steps` steps."""
@@ -60,7 +62,8 @@ class Entries:
             if after == steps and line == digest:
                 return end
         raise UserError(
-            f"{JOURNAL} does not hold the {steps} steps of the checkpoint: put back the journal that was "
+            self.damage
+            or f"{JOURNAL} does not hold the {steps} steps of the checkpoint: put back the journal that was "
             "written with it, or start again in another folder"
         )
 
@@ -111,8 +114,11 @@ class Journal:
         self._file.flush()
 
 
-def read_journal(path: Path) -> Entries:
-    """What a journal holds, without a torn last line. Raises `UserError` where it is missing or damaged."""
+def read_journal(path: Path, to_go_on: bool = False) -> Entries:
+    """What a journal holds, without a torn last line. Raises `UserError` where it is missing or damaged.
+
+    to_go_on: end at the first damaged line in place of raising; what follows it can be done again.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -120,7 +126,7 @@ def read_journal(path: Path) -> Entries:
     header: dict[str, Any] | None = None
     records: list[Record] = []
     events, ends = [], []
-    digest, end = "", 0
+    digest, end, damage = "", 0, ""
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             break  # torn by a crash
@@ -137,12 +143,15 @@ def read_journal(path: Path) -> Entries:
                 if records[-1].step != len(records):
                     raise ValueError(f"step {records[-1].step} follows step {len(records) - 1}")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is damaged ({error}): restore the file") from None
+            damage = f"{path}: line {number} is damaged ({error}): restore the file"
+            if header is None or not to_go_on:
+                raise UserError(damage) from None
+            break
         digest, end = written, end + len(line)
         ends.append((len(records), end, digest))
     if header is None:
         raise UserError(f"{path} is empty: give the folder of a run that has begun")
-    return Entries(header, records, events, ends)
+    return Entries(header, records, events, ends, damage)
 
 
 def _checked_header(body: Any, path: Path) -> dict[str, Any]:

@@ -66,14 +66,28 @@ def _is_of_step(line: bytes, last: int) -> bool:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write `obj` to `path` as JSON, whole or not at all: a reader never sees half a file."""
-    text = _dump(obj, indent=2) + "\n"
+    """Write `obj` to `path` as JSON, whole or not at all."""
+    write_whole(path, _dump(obj, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a reader never sees half of it, nor does one after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> Any:

@@ -16,12 +16,12 @@ from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.checkpoint import Checkpoints, complete, read_manifest
 from addax_ds.training.export import export
-from addax_ds.training.folder import CONFIG, SUMMARY
-from addax_ds.training.journal import JOURNAL, Entries, read_journal
+from addax_ds.training.folder import CHECKPOINTS, CONFIG, JOURNAL, LENGTHS, SUMMARY
+from addax_ds.training.journal import Entries, read_journal
 from addax_ds.training.metrics import read_json, read_metrics
 from addax_ds.training.models import hyperparameters, load_model, load_tokenizer, locate_model
 from addax_ds.training.run import learning_rate, step_samples
-from addax_ds.training.state import CHECKPOINTS, check_header, recorded
+from addax_ds.training.state import check_header, recorded
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
         raise UserError(f"the journal holds {len(entries.records)} steps: give a last step from {start} to that")
     location = locate_model(config.model)
     model = load_model(location, config).to("cuda" if torch.cuda.is_available() else "cpu")
-    optimizer = Addax(model, **hyperparameters(config))
+    # One process has no shards to move; the bits are the same.
+    optimizer = Addax(model, **{**hyperparameters(config), "perturb": "gathered"})
     if start:
         manifest = Checkpoints(folder / CHECKPOINTS, optimizer.engine, len(saved)).load(saved[start])
         entries.position(start, manifest.run["journal"])
@@ -137,7 +138,7 @@ def digests_of(entries: Entries) -> dict[int, str]:
 
 
 def _lengths(folder: Path) -> list[int]:
-    lengths = read_json(folder / "lengths.json")
+    lengths = read_json(folder / LENGTHS)
     try:
         return [int(length) for length in lengths["lengths"]]
     except (TypeError, KeyError, ValueError):

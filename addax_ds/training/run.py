@@ -1,7 +1,9 @@
 """One fine-tuning run: data, model, evaluation, steps, files."""
 
 import dataclasses
+import hashlib
 import math
+import os
 import resource
 import statistics
 import sys
@@ -22,9 +24,10 @@ from addax_ds.data.tasks import Example, encode
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss, token_loss
+from addax_ds.training.agreement import from_main
 from addax_ds.training.evaluation import evaluate, metric_name, placed
 from addax_ds.training.export import export
-from addax_ds.training.folder import SUMMARY, can_resume, open_folder
+from addax_ds.training.folder import SUMMARY, can_resume, finished, open_folder
 from addax_ds.training.metrics import read_metrics, write_json
 from addax_ds.training.models import (
     accepted,
@@ -38,7 +41,7 @@ from addax_ds.training.models import (
 from addax_ds.training.preemption import Request, requests
 from addax_ds.training.state import RunState
 from addax_ds.training.wire import WireCounter
-from addax_ds.training.world import World, joined
+from addax_ds.training.world import World, joined, limit_waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,8 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     after SIGTERM, once the step under way is saved.
     """
     started = time.monotonic()
+    if summary := finished(config):
+        return summary if os.environ["RANK"] == "0" else None
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
     check_pools(pools, config.k0, config.k1, config.alpha)
@@ -104,6 +109,7 @@ def _train(
     request: Request,
     started: float,
 ) -> dict | None:
+    _check_folder_is_shared(resuming)
     model = load_model(prepared.location, config)
     inputs = accepted(model)
     optimizer = build_optimizer(model, config, world)
@@ -117,7 +123,9 @@ def _train(
 
     metric = metric_name(prepared.held_out)
     loss_fn = choice_loss if prepared.task.labels else token_loss
-    state = RunState(config, folder, optimizer, len(prepared.train), resuming, say)
+    data = _digest_of(prepared.train)
+    state = RunState(config, folder, optimizer, data, len(prepared.train), resuming, say)
+    limit_waiting(config.timeout_minutes)
     before = state.before or score()
     say(f"before: {metric} {before[metric]:.3f} on {len(prepared.held_out)} held-out samples")
     state.begin(before)
@@ -141,12 +149,11 @@ def _train(
             say(f"perturb: {optimizer.placement} ({optimizer.placement_reason})")
         elapsed = time.monotonic() - begun
         tokens = _tokens(zo) * 2 * config.queries + _tokens(fo)
-        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
-            metrics.update(score())
         metrics.update(seconds=elapsed, tokens=tokens, memory_bytes=peak_memory(world))
         progress.set_postfix(_postfix(metrics, tokens / elapsed), refresh=False)
         progress.update()
-        state.took(metrics, samples, request.received)
+        scored = config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps
+        state.took(metrics, samples, request.received, score if scored else None)
     progress.close()
 
     after = score()
@@ -158,29 +165,51 @@ def _train(
         export(engine, prepared.tokenizer, folder / "model")
     peaks = [0] * world.size
     dist.all_gather_object(peaks, peak_memory(world))
-    if not world.is_main:
-        return None
-    records = read_metrics(folder)
-    summary = {
-        "method": method_name(config),
-        "engine": engine.name,
-        "world_size": world.size,
-        "steps": config.steps,
-        "skipped_steps": sum(record["skipped"] for record in records),
-        "gradients_left_out": sum(record["gradients_left_out"] for record in records),
-        "model": config.model,
-        "data": config.data,
-        "metric_name": metric,
-        **{f"{name}_before": value for name, value in before.items()},
-        **{f"{name}_after": value for name, value in after.items()},
-        "seconds_per_step": statistics.median(record["seconds"] for record in records),
-        "wire_bytes_per_step": dict(wire.received) if wire is not None else {},
-        "peak_memory_bytes": peaks,
-        "seconds_total": time.monotonic() - started,
-        "final_digest": digest,
-    }
-    write_json(folder / SUMMARY, summary)
-    return {**summary, "folder": str(folder)}
+
+    def summarize() -> dict[str, Any]:
+        records = read_metrics(folder)
+        summary = {
+            "method": method_name(config),
+            "engine": engine.name,
+            "world_size": world.size,
+            "steps": config.steps,
+            "skipped_steps": sum(record["skipped"] for record in records),
+            "gradients_left_out": sum(record["gradients_left_out"] for record in records),
+            "model": config.model,
+            "data": config.data,
+            "metric_name": metric,
+            **{f"{name}_before": value for name, value in before.items()},
+            **{f"{name}_after": value for name, value in after.items()},
+            "seconds_per_step": statistics.median([record["seconds"] for record in records] or [math.nan]),
+            "wire_bytes_per_step": dict(wire.received) if wire is not None else {},
+            "peak_memory_bytes": peaks,
+            "seconds_total": time.monotonic() - started,
+            "final_digest": digest,
+        }
+        write_json(folder / SUMMARY, summary)
+        return {**summary, "folder": str(folder)}
+
+    summary = from_main(engine, summarize)
+    return summary if world.is_main else None
+
+
+def _check_folder_is_shared(resuming: bool) -> None:
+    """Raises `UserError` where some ranks find a run to go on with and others none (a collective)."""
+    answers = [False] * dist.get_world_size()
+    dist.all_gather_object(answers, resuming)
+    if len(set(answers)) > 1:
+        raise UserError(
+            f"rank {answers.index(not answers[0])} and rank 0 see different run folders: put output on a file system "
+            "that all nodes share"
+        )
+
+
+def _digest_of(examples: list[Example]) -> str:
+    """Digest of all tokens that training may see."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.prompt, example.target, example.choices, example.answer)).encode())
+    return digest.hexdigest()[:16]
 
 
 def step_samples(config: RunConfig, pools: Partition, step: int) -> tuple[list[int], list[int]]:

@@ -11,13 +11,13 @@ from addax_ds.config import RunConfig
 from addax_ds.core.kernels import noise
 from addax_ds.digest import weights_digest
 from addax_ds.errors import PreemptedError, UserError
-from addax_ds.training.agreement import from_main
-from addax_ds.training.checkpoint import Checkpoints
-from addax_ds.training.journal import JOURNAL, Entries, Journal, Record, read_journal
+from addax_ds.training.agreement import agree, from_main
+from addax_ds.training.checkpoint import Checkpoints, Manifest, complete
+from addax_ds.training.folder import CHECKPOINTS, JOURNAL
+from addax_ds.training.journal import Entries, Journal, Record, read_journal
 from addax_ds.training.metrics import MetricsWriter
 from addax_ds.training.models import Optimizer
 
-CHECKPOINTS = "checkpoints"
 # What a replay needs and an audit compares; everything else of a step stands in its line.
 _RECORDED = ("seed", "alpha", "eps", "queries", "weight_decay", "distribution", "rounding", "k0", "k1")
 
@@ -25,8 +25,9 @@ _RECORDED = ("seed", "alpha", "eps", "queries", "weight_decay", "distribution", 
 class RunState:
     """Metrics, journal and checkpoints of one run. All methods are collectives.
 
-    After construction the weights are those of the newest checkpoint, where the run goes on from
-    one. Raises `UserError` where what is on disk cannot be used.
+    After construction the weights are those of the newest checkpoint that can be used, where the run
+    goes on from one. data: a digest of the training samples. Raises `UserError` where what is on disk
+    cannot be used.
     """
 
     def __init__(
@@ -34,30 +35,49 @@ class RunState:
         config: RunConfig,
         folder: Path,
         optimizer: Optimizer,
+        data: str,
         train_samples: int,
         resuming: bool,
         say: Callable[[str], Any],
     ) -> None:
         self._config, self._folder, self._optimizer, self._say = config, folder, optimizer, say
         self._engine, self._resuming = optimizer.engine, resuming
-        self._header = {"train_samples": train_samples, **recorded(config)}
+        self._header = {"train_samples": train_samples, "data": data, **recorded(config)}
         self._checkpoints = Checkpoints(folder / CHECKPOINTS, self._engine, config.checkpoints_kept)
-        loaded, complaints = self._checkpoints.load_newest() if resuming else (None, [])
+        self._checkpoints.tidy()
+        self._entries: Entries | None = from_main(self._engine, self._read_journal) if resuming else None
+        if self._entries is not None:
+            check_header(self._entries.header, self._header)
+        loaded, complaints = self._checkpoints.load_newest(self._check) if resuming else (None, [])
         for complaint in complaints:
             say(complaint)
+        if loaded is not None and loaded.step > config.steps:
+            raise UserError(f"the run has taken {loaded.step} steps already: set steps to that or more")
         self.steps = loaded.step if loaded else 0
         """Steps that the weights have taken."""
-        self.before: dict[str, float] | None = None
+        self.before: dict[str, float] | None = loaded.run["before"] if loaded else None
         """Scores before the first step, where an earlier process has measured them."""
-        self._line: str | None = None  # digest of the journal's line of that step
-        if loaded is not None:
-            if not loaded.run.keys() >= {"before", "journal"}:
-                raise UserError(f"checkpoint step-{loaded.step:06d} in {folder} was not saved by a run: remove it")
-            self.before, self._line = loaded.run["before"], loaded.run["journal"]
+        self._line: str | None = loaded.run["journal"] if loaded else None  # digest of that step's line
         self._spoilt_in_row = 0
-        # Rank 0 alone has files.
+        # Rank 0 alone has files; what goes wrong with them is told to all with the next step.
         self._metrics: MetricsWriter | None = None
         self._journal: Journal | None = None
+        self._fault = ""
+
+    def _read_journal(self) -> Entries | None:
+        path = self._folder / JOURNAL
+        if not path.exists() and not complete(self._folder / CHECKPOINTS):
+            return None
+        entries = read_journal(path, to_go_on=True)
+        return entries if entries.ends else None  # killed before the first line was written
+
+    def _check(self, manifest: Manifest) -> None:
+        """Raises `UserError` where a checkpoint does not belong to the run and its journal."""
+        if self._entries is None or not manifest.run.keys() >= {"before", "journal"}:
+            raise UserError(
+                f"checkpoint step-{manifest.step:06d} in {self._folder} was not saved by its run: remove it"
+            )
+        self._entries.position(manifest.step, str(manifest.run["journal"]))
 
     def begin(self, before: dict[str, float]) -> None:
         """Open metrics and journal where the run goes on.
@@ -66,18 +86,14 @@ class RunState:
         forwards; any other after its newest checkpoint.
         """
         self.before = before
-        zeroth_order = self._config.alpha == 1
-        entries: Entries | None = None
-        if self._line is not None or (self._resuming and zeroth_order):
-            entries = from_main(self._engine, self._read_journal)
-        digest = weights_digest(self._engine)
+        entries, digest = self._entries, weights_digest(self._engine)
         if entries is not None:
-            check_header(entries.header, self._header)
             if self._line is None and entries.header["weights"] != digest:
                 raise UserError(f"{self._folder} was begun with another model {self._config.model}: restore it")
             self._line = self._line or entries.ends[0][2]
-            if zeroth_order:
+            if self._config.alpha == 1:
                 self._catch_up(entries)
+                digest = weights_digest(self._engine)
 
         def open_files() -> None:
             self._metrics = MetricsWriter(self._folder, self.steps)
@@ -87,80 +103,112 @@ class RunState:
             else:
                 self._journal = Journal.resume(path, entries, self.steps, str(self._line))
             if self._resuming:
-                self._journal.event(resumed=self.steps, engine=self._engine.name, ranks=self._engine.world_size)
+                ranks = self._engine.world_size
+                self._journal.event(resumed=self.steps, weights=digest, engine=self._engine.name, ranks=ranks)
 
         from_main(self._engine, open_files)
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "steps": self.steps})
+        self._optimizer.steps = self.steps
         if self._resuming:
             self._say(f"going on after step {self.steps}")
 
-    def _read_journal(self) -> Entries | None:
-        path = self._folder / JOURNAL
-        # Killed before the first line was written.
-        begun = self._line is not None or (path.exists() and b"\n" in path.read_bytes())
-        return read_journal(path) if begun else None
-
     def _catch_up(self, entries: Entries) -> None:
         """Repeat the steps that the journal holds beyond the weights."""
-        entries.position(self.steps, str(self._line))
-        missing = entries.records[self.steps :]
+        missing = entries.records[self.steps : self._config.steps]
         self._optimizer.replay([(record.seed, record.g0 or (), record.lr) for record in missing])
         self.steps += len(missing)
-        self._line = entries.ends[-1][2]
+        self._line = next(line for after, _, line in reversed(entries.ends) if after == self.steps)
         if missing:
             self._say(f"{len(missing)} steps repeated from the journal")
 
-    def took(self, metrics: dict[str, Any], samples: tuple[Sequence[int], Sequence[int]], asked_to_end: bool) -> None:
+    def took(
+        self,
+        metrics: dict[str, Any],
+        samples: tuple[Sequence[int], Sequence[int]],
+        asked_to_end: bool,
+        score: Callable[[], dict[str, float]] | None,
+    ) -> None:
         """Note a step, and save where it is time.
 
-        samples: of the zeroth-order and the first-order batch. Raises `PreemptedError` once saved, where
-        any rank was asked to end, and `UserError` after too many spoilt steps in a row.
+        samples: of the zeroth-order and the first-order batch; score: what to measure beside it,
+        unless the run is to end. Raises `PreemptedError` once saved, where any rank was asked to end,
+        and `UserError` after too many spoilt steps in a row and where a file cannot be written.
         """
-        flags = torch.tensor([float(asked_to_end), float(self._optimizer.gradients_left_out)], dtype=torch.float64)
-        asked, left_out = self._engine.sum(flags).tolist()
+        left_out = self._optimizer.gradients_left_out
+        flags = torch.tensor([asked_to_end, left_out, bool(self._fault)], dtype=torch.float64)
+        asked, left_out, fault = self._engine.sum(flags).tolist()
         self.steps += 1
+        if fault:
+            raise UserError(self._fault or "rank 0 cannot write to the run folder, and says why")
         metrics["gradients_left_out"] = int(left_out)
-        if self._journal is not None and self._metrics is not None:
-            self._metrics.append(metrics)
-            g0 = None if metrics["skipped"] else tuple(metrics["g0"])
-            self._journal.step(Record(self.steps, metrics["seed"], g0, metrics["lr"], *map(tuple, samples)))
         self._spoilt_in_row = self._spoilt_in_row + 1 if metrics["skipped"] or left_out else 0
+        if score is not None and not asked:
+            metrics.update(score())
+        g0 = None if metrics["skipped"] else tuple(metrics["g0"])
+        self._write(metrics, Record(self.steps, metrics["seed"], g0, metrics["lr"], *map(tuple, samples)))
         every = self._config.checkpoint_every
-        due = asked or (every and self.steps % every == 0 and self.steps < self._config.steps)
-        if due and not self._spoilt_in_row:  # else they would push out the good ones
-            self._save()
+        due = every and self.steps % every == 0 and self.steps < self._config.steps
+        # Spoilt steps must not push out the good ones.
+        saved = self._save() if asked or (due and not self._spoilt_in_row) else False
         if self._spoilt_in_row >= self._config.max_skipped:
             self._checkpoints.wait()
             raise UserError(
                 f"{self._spoilt_in_row} steps in a row, up to step {self.steps}, had losses or gradients that are not "
-                "finite: lower lr, or look at the data; the checkpoints are intact"
+                "finite: lower lr, or look at the data; the checkpoints before them are intact"
             )
         if asked:
             self._checkpoints.wait()
+            what = "saved" if saved else "did not save, since weights are not finite"
             raise PreemptedError(
-                f"asked to end after step {self.steps}, and saved: the same command with output={self._folder} goes on"
+                f"asked to end after step {self.steps}, and {what}: the same command with output={self._folder} goes on"
             )
 
-    def _save(self) -> None:
+    def _write(self, metrics: dict[str, Any], record: Record) -> None:
+        if self._journal is None or self._metrics is None or self._fault:
+            return
+        try:
+            self._metrics.append(metrics)
+            self._journal.step(record)
+        except OSError as error:
+            self._fault = self._told(error)
+
+    def _save(self) -> bool:
+        """Whether the step was saved: not where a weight is not finite."""
         line = ""
-        if self._journal is not None and self._metrics is not None:
-            self._metrics.sync()
-            self._journal.sync()
-            line = self._journal.digest
+        if self._journal is not None and self._metrics is not None and not self._fault:
+            try:
+                self._metrics.sync()
+                self._journal.sync()
+                line = self._journal.digest
+            except OSError as error:
+                self._fault = self._told(error)
+        # A checkpoint whose step the journal may not hold could not be gone on from.
+        agree(self._engine, self._fault)
         facts = {"seed": self._config.seed, "steps": self._config.steps, "before": self.before, "journal": line}
         facts.update(engine=self._engine.name, ranks=self._engine.world_size)
         digest = self._checkpoints.save(self.steps, facts)
-        if self._journal is not None:
-            self._journal.event(checkpoint=self.steps, weights=digest)
+        if digest is not None and self._journal is not None:
+            try:
+                self._journal.event(checkpoint=self.steps, weights=digest)
+            except OSError as error:
+                self._fault = self._told(error)
+        return digest is not None
+
+    def _told(self, error: OSError) -> str:
+        return f"cannot write to {self._folder}: {error.strerror}: mend that and start the same command again, which goes on"
 
     def end(self, digest: str) -> None:
         """The last step is taken and the weights have this digest."""
         self._checkpoints.wait()
-        if self._journal is not None and self._metrics is not None:
-            self._journal.event(end=self.steps, weights=digest)
-            self._journal.sync()
-            self._journal.close()
-            self._metrics.close()
+
+        def close() -> None:
+            if self._journal is not None and self._metrics is not None:
+                self._journal.event(end=self.steps, weights=digest)
+                self._journal.sync()
+                self._journal.close()
+                self._metrics.close()
+
+        agree(self._engine, self._fault)
+        from_main(self._engine, close)
 
 
 def recorded(config: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import socket
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import cached_file
 
 from addax_ds.config import RunConfig
 from addax_ds.core.kernels import noise
@@ -56,34 +59,41 @@ def gather(report_of: Callable[[int, int], Report]) -> list[Report]:
         raise UserError("verify needs mpi4py under mpirun: pip install 'addax-ds[mpi]'") from None
     everyone = MPI.COMM_WORLD
     local_rank = everyone.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
-    return everyone.allgather(report_of(everyone.Get_rank(), local_rank))
+    try:
+        return everyone.allgather(report_of(everyone.Get_rank(), local_rank))
+    except BaseException:
+        traceback.print_exc()
+        everyone.Abort(1)  # else the others would wait for this rank for ever
+        raise
 
 
 def _through_store(report: Report, size: int) -> list[Report]:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun serves a store of its own at that port, and every other launcher leaves it to rank 0.
     serving = report.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = torch.distributed.TCPStore(address, port, None, serving, _STORE_TIMEOUT)
-    store.set(f"addax_ds/verify/{report.rank}", json.dumps(asdict(report)))
-    reports = []
-    for rank in range(size):
-        try:
-            reports.append(Report(**json.loads(store.get(f"addax_ds/verify/{rank}"))))
-        except torch.distributed.DistStoreError:
-            raise UserError(f"rank {rank} did not report within {_STORE_TIMEOUT}: look at its node") from None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    key = f"addax_ds/verify/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    rank = report.rank
+    try:
+        store = torch.distributed.TCPStore(address, port, None, serving, _STORE_TIMEOUT)
+        store.set(f"{key}/{rank}", json.dumps(asdict(report)))
+        reports = []
+        for rank in range(size):
+            reports.append(Report(**json.loads(store.get(f"{key}/{rank}"))))
+    except torch.distributed.DistError as error:
+        raise UserError(
+            f"rank {rank} did not report ({' '.join(str(error).split())[:100]}): look at its node"
+        ) from None
     # Rank 0 may serve the store: it leaves last.
-    store.add("addax_ds/verify/read", 1)
-    while serving and store.add("addax_ds/verify/read", 0) < size:
-        pass
+    left, end = store.add(f"{key}/left", 1), time.monotonic() + 10.0
+    while serving and left < size and time.monotonic() < end:
+        time.sleep(0.05)
+        left = store.add(f"{key}/left", 0)
     return reports
 
 
 def report_of(config: RunConfig, rank: int, local_rank: int) -> Report:
     """This rank's report; an item that cannot be had says why in its place."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     measured: dict[str, Callable[[], str]] = {
         "device": lambda: _device(device),
         "noise, normal": lambda: _noise(device, "normal"),
@@ -105,6 +115,7 @@ def _said(item: Callable[[], str]) -> str:
 
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -118,9 +129,13 @@ def _noise(device: torch.device, distribution: Any) -> str:
 
 
 def weights_of(config: RunConfig) -> str:
-    """Digest of the files that hold the model's weights, by name and content."""
+    """Digest of the safetensors files that hold the model's weights, by name and content."""
+    folder = Path(str(cached_file(locate_model(config.model), "config.json"))).parent
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no safetensors files: give a model that has them")
     digest = hashlib.sha256()
-    for path in sorted(Path(locate_model(config.model)).glob("*.safetensors")):
+    for path in files:
         with open(path, "rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
@@ -155,7 +170,9 @@ def known_step(config: RunConfig, device: torch.device) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(0.05 * noise(7, name, 0, parameter.numel()).view(parameter.shape))
-    optimizer = Addax(model.to(device, getattr(torch, config.dtype)), **hyperparameters(config))
+    optimizer = Addax(
+        model.to(device, getattr(torch, config.dtype)), **{**hyperparameters(config), "perturb": "gathered"}
+    )
     ids = (torch.arange(4 * 24, device=device).view(4, 24) * 37) % 512
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     metrics = optimizer.train_step(batch, batch)
@@ -163,19 +180,26 @@ def known_step(config: RunConfig, device: torch.device) -> str:
     return f"{weights_digest(optimizer.engine)[:16]} " + " ".join(f"{scalar:.6g}" for scalar in scalars)
 
 
+def usual(reports: list[Report], item: str) -> tuple[str, int]:
+    """What most ranks have, and how many; rank 0 breaks a tie."""
+    held = [report.items.get(item, "missing") for report in reports]
+    value = max(dict.fromkeys(held), key=held.count)
+    return value, held.count(value)
+
+
 def disagreements(reports: list[Report]) -> list[str]:
-    """A line for each item and rank that failed or differs from what most ranks have; rank 0 breaks a tie."""
+    """A line for each item and rank that failed or differs from what most ranks have."""
     lines = []
-    for item in reports[0].items:
-        held = [report.items[item] for report in reports]
-        usual = max(dict.fromkeys(held), key=held.count)
-        first = reports[held.index(usual)]
-        for report, value in zip(reports, held, strict=True):
+    for item in dict.fromkeys(item for report in reports for item in report.items):
+        expected, _ = usual(reports, item)
+        first = next(report for report in reports if report.items.get(item, "missing") == expected)
+        for report in reports:
+            value = report.items.get(item, "missing")
             if value.startswith(_FAILED):
                 lines.append(f"rank {report.rank} on {report.node}: {item} {value}")
-            elif value != usual:
+            elif value != expected:
                 lines.append(
                     f"rank {report.rank} on {report.node}: {item} is {value}, "
-                    f"and on rank {first.rank} on {first.node} it is {usual}"
+                    f"and on rank {first.rank} on {first.node} it is {expected}"
                 )
     return lines

@@ -116,6 +116,12 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def limit_waiting(minutes: float) -> None:
+    """Have collectives of every group wait no longer than this; most groups are made with torch's 30 minutes."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
 def _is_of_another_rank(error: RuntimeError) -> bool:
     """Whether a collective failed for what another rank did or did not do."""
     words = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "connection refused")

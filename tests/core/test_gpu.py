@@ -72,7 +72,15 @@ def test_update_is_the_plain_one_bit_for_bit(dtype, stochastic, distribution, gr
 
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_an_update_without_directions_keeps_what_is_not_finite(stochastic):
-    w = torch.tensor([1.0, 2.0, 3.0, 4.0]).to(DEVICE, torch.bfloat16)
-    gradient = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0]).to(DEVICE)
-    gpu.update(w, 0, gradient, "w", Step(1, 1.0, 0.0, 1.0, (), "normal", stochastic))
-    assert w[0] == -torch.inf and w[1] == torch.inf and w[2].isnan() and w[3] == 4
+    w = torch.tensor([torch.inf, -torch.inf, torch.nan, 4.0]).to(DEVICE, torch.bfloat16)
+    gpu.update(w, 0, torch.zeros(4).to(DEVICE), "w", Step(1, 1.0, 0.0, 1.0, (), "normal", stochastic))
+    assert w[0] == torch.inf and w[1] == -torch.inf and w[2].isnan() and w[3] == 4
+
+
+def test_gradient_elements_that_are_not_finite_count_as_zero():
+    step = Step(1, 0.5, 0.0, 1.0, (0.3,), "normal", True)
+    gradient = torch.tensor([torch.inf, 1.0, -torch.inf, torch.nan, -2.0])
+    ours, theirs = torch.ones(5).to(DEVICE), torch.ones(5)
+    left_out = gpu.update(ours, 7, gradient.to(DEVICE), "w", step)
+    plain.update(theirs, 7, torch.tensor([0.0, 1.0, 0.0, 0.0, -2.0]), "w", step)
+    assert int(left_out) == 3 and torch.equal(ours.cpu(), theirs)

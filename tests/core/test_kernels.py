@@ -159,12 +159,26 @@ def test_stochastic_rounding_repeats_with_its_seed_and_differs_with_another():
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-def test_values_that_are_not_finite_stay_so(stochastic):
+def test_weights_that_are_not_finite_stay_so(stochastic):
     for kernels in (cpu, plain):
-        w = torch.tensor([1.0, 2.0, 3.0]).to(torch.bfloat16)
-        gradient = torch.tensor([torch.inf, -torch.inf, torch.nan])
-        kernels.update(w, 0, gradient, "w", a_step(coefficients=(), weight_decay=0.0, stochastic=stochastic))
-        assert w[0] == -torch.inf and w[1] == torch.inf and w[2].isnan()
+        w = torch.tensor([torch.inf, -torch.inf, torch.nan]).to(torch.bfloat16)
+        kernels.update(w, 0, torch.zeros(3), "w", a_step(coefficients=(), weight_decay=0.0, stochastic=stochastic))
+        assert w[0] == torch.inf and w[1] == -torch.inf and w[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", [cpu, plain])
+def test_gradient_elements_that_are_not_finite_count_as_zero(threads, kernels, dtype):
+    n = 300_001
+    gradient = weights(n, dtype, seed=1)
+    bad = torch.rand(n, generator=torch.Generator().manual_seed(2)) < 0.01
+    zeroed = gradient.masked_fill(bad, 0.0)
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    gradient[bad] = values[torch.arange(int(bad.sum())) % 3]
+    ours, theirs = weights(n, dtype), weights(n, dtype)
+    assert kernels.update(ours, 5, gradient, "w", a_step()) == int(bad.sum()) > 0
+    assert kernels.update(theirs, 5, zeroed, "w", a_step()) == 0
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

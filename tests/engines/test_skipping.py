@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import addax_ds
 from addax_ds.errors import UserError
 from tests.engines.agreement import check_steps
-from tests.engines.setups import batch_for, build_model, loss_for, running
+from tests.engines.setups import HYPER, batch_for, build_model, loss_for, running
 from tests.world import World
 
 MODEL = "llama-tied"
@@ -73,6 +74,48 @@ def skip_among_micro_batches(engine: str) -> None:
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_a_skipped_step_leaves_no_gradient_for_the_next(world: World, engine: str):
     world.run(skip_among_micro_batches, engine=engine)
+
+
+def loss_with_a_gradient_of_nan(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Finite losses; where the factor is 0, the gradient of one element of the norm's output is not a number."""
+    batch = dict(batch)
+    factor = batch.pop("factor")
+    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    element = hidden[:, 0, 3]
+    zero = element - element.detach()
+    return hidden.float().square().mean(dim=(1, 2)) + torch.where(factor == 0, zero.abs().sqrt(), zero)
+
+
+def leave_out(engine: str) -> int:
+    model = build_model(MODEL)
+    with running(engine, model) as run:
+        before = run.weights()
+        metrics = run.train_step(poisoned(4, 12, None), poisoned(4, 6, 0.0), loss_with_a_gradient_of_nan)
+        assert not metrics["skipped"]
+        left_out = run.optimizer.gradients_left_out
+        after = run.weights()
+        assert all(weight.isfinite().all() for weight in after.values())
+        # The one element of the last norm's scale moves by its zeroth-order part alone, as do all below.
+        for name, at in (("model.norm.weight", 3), ("model.layers.0.mlp.up_proj.weight", 0)):
+            z = addax_ds.noise(metrics["seed"], name, at, at + 1)
+            moved = (after[name] - before[name]).view(-1)[at]
+            expected = -HYPER["lr"] * HYPER["alpha"] * metrics["g0"][0] * z[0]
+            assert torch.isclose(moved, expected, rtol=1e-3, atol=1e-8), (name, moved, expected)
+        others = (after["model.norm.weight"] - before["model.norm.weight"])[4:]
+        assert (others != 0).all()
+        run.train_step(poisoned(4, 12, None), poisoned(4, 6, None), loss_with_a_gradient_of_nan)
+        assert run.optimizer.gradients_left_out == 0
+    return left_out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_gradient_elements_that_are_not_finite_are_left_out_and_counted(world: World, engine: str):
+    counts = world.run(leave_out, engine=engine)
+    below = sum(p.numel() for name, p in build_model(MODEL).named_parameters() if "layers" in name)
+    # Of the whole model, however it is held: all below the norm but a bias of nothing, and one of its own elements.
+    assert sum(counts) >= below // 2
+    assert sum(counts) == sum(world.run(leave_out, engine="replicated"))
 
 
 def probe_with_mixed_infinities(engine: str) -> None:

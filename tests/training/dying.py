@@ -102,9 +102,7 @@ class Death:
         checkpoint.shutil = SimpleNamespace(rmtree=lambda path: die())
 
     def _die_on_rename(self, start: str) -> None:
-        from addax_ds.training import checkpoint
-
-        original = checkpoint.os.replace
+        original = os.replace
 
         def dying(source, target):
             if (
@@ -115,4 +113,4 @@ class Death:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(source, target)
 
-        checkpoint.os.replace = dying
+        os.replace = dying

@@ -120,18 +120,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(saved: Path, monkeypatch, at):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def replace(source, target):
-        if Path(target).name == {"name": "step-000011", "latest": "latest"}[at]:
+        if Path(target).name == {"name": "step-000011", "latest": "latest"}.get(at):
             full()
         return original(source, target)
 
     original = os.replace
     if at == "write":
         monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
-        monkeypatch.setattr("torch.distributed.checkpoint.filesystem.save", full, raising=False)
     elif at == "manifest":
         monkeypatch.setattr(checkpoint, "write_json", full)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", replace)
+        monkeypatch.setattr("os.replace", replace)
     with running("replicated", build_model("llama-tied")) as run:
         checkpoints = Checkpoints(saved, run.engine, keep=2)
         checkpoints.save(11, {})
@@ -139,7 +138,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(saved: Path, monkeypatch, at):
             checkpoints.wait()
     monkeypatch.undo()
     with running("replicated", build_model("llama-tied")) as run:
-        manifest, complaints = Checkpoints(saved, run.engine, keep=2).load_newest()
+        again = Checkpoints(saved, run.engine, keep=2)
+        again.tidy()
+        manifest, complaints = again.load_newest()
     assert not complaints
     # Complete under its name is complete, even where `latest` could not follow.
     assert manifest is not None and manifest.step == (11 if at == "latest" else 9)
@@ -149,21 +150,35 @@ def test_a_full_disk_leaves_the_checkpoint_before(saved: Path, monkeypatch, at):
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with running("replicated", build_model("llama-tied")) as run, pytest.raises(UserError, match="Not a directory"):
-        Checkpoints(tmp_path / "file" / "checkpoints", run.engine, keep=2)
+        Checkpoints(tmp_path / "file" / "checkpoints", run.engine, keep=2).tidy()
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_set_aside(saved: Path):
     shard = next((saved / "step-000009").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-5])
     with running("replicated", build_model("llama-tied")) as run:
-        manifest, complaints = Checkpoints(saved, run.engine, keep=2).load_newest()
+        checkpoints = Checkpoints(saved, run.engine, keep=1)
+        manifest, complaints = checkpoints.load_newest()
         assert manifest is not None and manifest.step == 7
         assert len(complaints) == 1 and "bytes, not" in complaints[0]
-        # A resumed run saves under the damaged one's name.
-        again = Checkpoints(saved, run.engine, keep=2)
-        again.save(9, {})
-        again.wait()
-        assert again.load(saved / "step-000009").step == 9
+        assert (saved / "step-000009.damaged").is_dir() and complete(saved) == [saved / "step-000007"]
+        # What the run saves from here on is the newest, and it alone is kept.
+        checkpoints.save(8, {})
+        checkpoints.wait()
+        assert complete(saved) == [saved / "step-000008"]
+        checkpoints.save(9, {})
+        checkpoints.wait()
+        assert checkpoints.load(saved / "step-000009").step == 9
+
+
+def test_a_checkpoint_that_the_run_cannot_use_gives_way_too(saved: Path):
+    def check(manifest: Manifest) -> None:
+        if manifest.step == 9:
+            raise UserError("not of this run")
+
+    with running("replicated", build_model("llama-tied")) as run:
+        manifest, complaints = Checkpoints(saved, run.engine, keep=2).load_newest(check)
+    assert manifest is not None and manifest.step == 7 and complaints == ["not of this run"]
 
 
 def test_without_any_that_loads_nothing_starts_over_in_silence(saved: Path):
@@ -171,21 +186,26 @@ def test_without_any_that_loads_nothing_starts_over_in_silence(saved: Path):
         (path / "manifest.json").write_text("{")
     with running("replicated", build_model("llama-tied")) as run:
         checkpoints = Checkpoints(saved, run.engine, keep=2)
-        with pytest.raises(UserError, match="no older one can be loaded: remove"):
+        with pytest.raises(UserError, match="no older one can be used: remove"):
             checkpoints.load_newest()
         shutil.rmtree(saved)
         saved.mkdir()
         assert checkpoints.load_newest() == (None, [])
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path, monkeypatch):
     model = build_model("llama-tied")
     with running("replicated", model) as run:
         with torch.no_grad():
             next(model.parameters())[0, 0] = float("nan")
         checkpoints = Checkpoints(tmp_path, run.engine, keep=2)
-        checkpoints.save(1, {})
+        assert checkpoints.save(1, {}) is None
         checkpoints.wait()
+        assert complete(tmp_path) == []
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpoints, "_all_finite", lambda *_: True)
+            checkpoints.save(1, {})
+            checkpoints.wait()
         with pytest.raises(UserError, match="not finite"):
             checkpoints.load(tmp_path / "step-000001")
 

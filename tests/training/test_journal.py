@@ -119,6 +119,19 @@ def test_what_is_no_journal_is_refused(tmp_path, content):
         read_journal(tmp_path / "j")
 
 
+def test_to_go_on_a_journal_ends_where_it_is_damaged(tmp_path):
+    write(tmp_path / "j", records(20))
+    lines = lines_of(tmp_path / "j")
+    lines[14] = lines[14].replace(b",", b";", 1)  # the line of step 13: a header and an event come before
+    (tmp_path / "j").write_bytes(b"".join(lines))
+    entries = read_journal(tmp_path / "j", to_go_on=True)
+    assert entries.records == records(12)
+    assert "line 15 is damaged" in entries.damage
+    assert entries.position(12, entries.ends[-1][2]) == sum(map(len, lines[:14]))
+    with pytest.raises(UserError, match="line 15 is damaged"):
+        entries.position(13, "AAAAAA")
+
+
 def test_a_missing_journal_is_refused(tmp_path):
     with pytest.raises(UserError, match="No such file or directory"):
         read_journal(tmp_path / "j")

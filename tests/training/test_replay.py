@@ -21,6 +21,7 @@ def zeroth_order(request, tiny, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("zeroth_order")
     settings = ["alpha=1", "lr=0.01", "queries=2", "weight_decay=0.1", "schedule=cosine", "warmup_steps=3"]
     settings += ["steps=20", "checkpoint_every=5", "save=false", "engine=fsdp", f"dtype={request.param}"]
+    settings += ["perturb=shard"]
     run("train", tiny.run_file, "output=out", *settings, cwd=cwd, ranks=2).check()
     return cwd / "out"
 

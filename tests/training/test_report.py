@@ -206,7 +206,7 @@ def test_projected_gradient_has_one_dot_per_direction_and_goes_symlog_only_for_g
     assert len(next(line for line in axes.lines if "dot" in line.get_label()).get_xdata()) == 3 * 19
     assert axes.get_yscale() == "linear"
     record = read_metrics(folder)[-1] | {"step": 21, "g0": [1e6]}
-    with MetricsWriter(folder) as writer:
+    with MetricsWriter(folder, steps=20) as writer:
         writer.append(record)
     axes = draw("projected_gradient", folder)
     assert axes.get_yscale() == "symlog" and axes.get_ylim()[1] > 1e6

@@ -1,7 +1,12 @@
 """Killed at any instant and started again, a run ends with the weights of one that was never touched."""
 
+import errno
+import itertools
 import json
+import os
+import shutil
 import signal
+from dataclasses import dataclass
 
 import pytest
 
@@ -66,8 +71,86 @@ def test_killed_in_any_place_a_mixed_run_ends_as_if_nothing_had_happened(untouch
     assert entries.records == read_journal(expected / "journal.jsonl").records
     begun_again = [event["resumed"] for event in entries.events if "resumed" in event]
     assert len(begun_again) == 1 and taken - 2 <= begun_again[0] <= taken
+    run("replay", "out", cwd=tmp_path).check()
     left = {path.suffix for path in (tmp_path / "out" / "checkpoints").iterdir()}
     assert left == {""} and len(complete(tmp_path / "out" / "checkpoints")) == 2
+
+
+def test_dropout_resumes_with_the_same_masks(tiny, tmp_path):
+    """The tiny Llama has attention dropout alone."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    digests = {}
+    for name, extra in (("untouched", []), ("killed", []), ("without", ["dropout=false"])):
+        words = ["train", tiny.run_file, f"model={model}", "dropout=true", f"output={name}", *STEPS, *extra]
+        if name == "killed":
+            run(*words, cwd=tmp_path, before=Death("journal", 0, 6))
+        run(*words, cwd=tmp_path).check()
+        digests[name] = summary(tmp_path / name)["final_digest"]
+    assert digests["killed"] == digests["untouched"] != digests["without"]
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(untouched, tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS, "checkpoints_kept=3"]
+    run(*words, cwd=tmp_path, ranks=2, before=Death("journal", 0, 8))
+    newest = tmp_path / "out" / "checkpoints" / "step-000006"
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    resumed = run(*words, cwd=tmp_path, ranks=2).check()
+    assert "step-000006 is damaged" in resumed.output and "going on after step 4" in resumed.output
+    assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
+    run("replay", "out", cwd=tmp_path).check()
+
+
+def test_changed_data_is_noticed(tiny, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(tiny.reviews.read_bytes())
+    words = ["train", tiny.run_file, f"data={data}", "output=out", *STEPS]
+    run(*words, cwd=tmp_path, before=Death("journal", 0, 6))
+    data.write_text(data.read_text().replace("film", "cast"))
+    refused = run(*words, cwd=tmp_path)
+    assert refused.status == 2 and "the journal was begun with data" in refused.error
+
+
+def test_fewer_steps_than_were_taken_are_refused(tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS]
+    run(*words, cwd=tmp_path, before=Death("journal", 0, 6))
+    refused = run(*words, "steps=3", cwd=tmp_path)
+    assert refused.status == 2 and "has taken 4 steps already" in refused.error
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    """Writes of rank 0 to a file fail from a step on."""
+
+    method: str
+    step: int
+
+    def __call__(self) -> None:
+        from addax_ds.training.journal import Journal
+        from addax_ds.training.metrics import MetricsWriter
+
+        owner = {"append": MetricsWriter, "step": Journal, "sync": Journal, "event": Journal}[self.method]
+        original, calls = getattr(owner, self.method), itertools.count(1)
+
+        def full(*args, **kwargs):
+            if next(calls) >= self.step:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        setattr(owner, self.method, full)
+
+
+@pytest.mark.parametrize(("method", "times"), [("append", 5), ("step", 5), ("sync", 2), ("event", 2)])
+def test_a_full_disk_ends_every_rank_with_one_line_and_the_run_goes_on(untouched, tiny, tmp_path, method, times):
+    words = ["train", tiny.run_file, "output=out", *STEPS]
+    ended = run(*words, cwd=tmp_path, ranks=2, before=FullDisk(method, times))
+    assert ended.statuses == [2, 2], ended.errors
+    assert "No space left on device" in ended.error and "Traceback" not in "".join(ended.errors)
+    run(*words, cwd=tmp_path, ranks=2).check()
+    assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
 
 
 @pytest.mark.parametrize(("first", "second", "ranks"), [("zero3", "fsdp", 3), ("fsdp", "replicated", 1)])
