@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, ZERO_STAGE
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -265,13 +265,14 @@ class DeepSpeedAddax(ZeROOptimizer):
         if OPTIMIZER_STATE_DICT not in state_dict:
             self.optimizer.load_state_dict(state_dict)
             return
-        if state_dict_list is not None:
-            state_dict = state_dict[OPTIMIZER_STATE_DICT]
-        if state_dict["zero_stage"] == 3:
+        if state_dict[ZERO_STAGE] == 3:
             load_flat_groups(self.fp16_groups[0], state_dict)
         if load_optimizer_states:
             self.optimizer.load_state_dict(state_dict[OPTIMIZER_STATE_DICT])
         self.engine.after_step(True)
+
+    def _restore_from_bit16_weights(self) -> None:
+        """DeepSpeed calls it when it has loaded a module alone: there is no copy of the weights to refresh."""
 
     def checkpoint_event_prologue(self) -> None:
         """DeepSpeed calls it before it saves: drop gathered copies."""

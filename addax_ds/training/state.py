@@ -194,7 +194,7 @@ class RunState:
         return digest is not None
 
     def _told(self, error: OSError) -> str:
-        return f"cannot write to {self._folder}: {error.strerror}: mend that and start the same command again, which goes on"
+        return f"cannot write to {self._folder}: {error.strerror}: mend that and start the same command to go on"
 
     def end(self, digest: str) -> None:
         """The last step is taken and the weights have this digest."""

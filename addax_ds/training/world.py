@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from addax_ds.errors import PreemptedError, RankLostError, UserError
 
@@ -96,7 +97,11 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     # torch 2.13 warns of the collectives' new names, which torch 2.11 does not have.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store when it starts ranks again, with the addresses of those that have died.
+    attempt = dist.PrefixStore(f"addax_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank, local_rank, size, device)
         # A rank that leaves early takes its sockets from collectives still under way.

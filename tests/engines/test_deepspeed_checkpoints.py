@@ -63,5 +63,7 @@ def test_checkpoints_of_deepspeed(world: World, engine, name, dtype, tmp_path):
         assert torch.equal(whole[key], weight), key
     if engine != "zero0":
         converted = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "checkpoint"))
-        for key, weight in weights.items():
-            assert torch.equal(converted[key].float(), weight.float()), key
+        # DeepSpeed leaves frozen weights out of its ZeRO-1 checkpoints.
+        frozen = {"model.layers.0.mlp.up_proj.weight"} if engine == "zero1" else set()
+        for key in weights.keys() - frozen:
+            assert torch.equal(converted[key].float(), weights[key].float()), key

@@ -22,14 +22,14 @@ def _python(ranks: int) -> list[str]:
     return [sys.executable, TRAIN]
 
 
-def _torchrun(ranks: int, restarts: int = 0) -> list[str]:
+def _torchrun(ranks: int) -> list[str]:
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    options = ["--nproc_per_node", str(ranks), "--max-restarts", str(restarts), "--monitor-interval", "0.2"]
-    return [sys.executable, "-m", "torch.distributed.run", *address, *options, TRAIN]
+    return [sys.executable, "-m", "torch.distributed.run", *address, "--nproc_per_node", str(ranks), TRAIN]
 
 
 def _torchrun_restarting(ranks: int) -> list[str]:
-    return _torchrun(ranks, restarts=5)
+    options = ["--standalone", "--nproc_per_node", str(ranks), "--max-restarts", "5", "--monitor-interval", "0.2"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, TRAIN]
 
 
 def _deepspeed(ranks: int) -> list[str]:
