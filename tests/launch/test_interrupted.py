@@ -71,7 +71,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(untouched, tiny, tmp_path, l
         asked = time.monotonic()
         assert launched.wait(25) != 0
         launched.until(lambda: not launched.alive(), 25 - (time.monotonic() - asked))
-        assert "asked to end after step" in launched.log and "Traceback" not in launched.log, launched.log
+        # torchrun has a traceback of its own to show.
+        assert "asked to end after step" in launched.log and "/addax_ds/" not in launched.log, launched.log
     taken = steps_of(tmp_path / "out")
     assert 7 <= taken < 40
     (saved,) = complete(tmp_path / "out" / "checkpoints")
