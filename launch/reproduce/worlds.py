@@ -35,8 +35,11 @@ def main(
     engines: Annotated[list[str] | None, typer.Option(help=f"Among {', '.join(ENGINES)}.")] = None,
     output: Path = Path("runs/worlds"),
 ) -> None:
-    """Run every engine on every number of ranks and print a table; status 1 where a run fails."""
-    table = Table(title=str(run_file))
+    """Run every engine on every number of ranks and print a table.
+
+    Status 1 where a run fails, and where zeroth-order runs end with different digests.
+    """
+    table, digests = Table(title=str(run_file)), set()
     for column in ("engine", "ranks", "digest", "first loss", "last loss", "last g0", "metrics"):
         table.add_column(column)
     for engine in engines or ENGINES:
@@ -44,7 +47,11 @@ def main(
             folder = output / run_file.stem / f"{engine}-{size}"
             train(size, [str(run_file), *(settings or []), *ENGINES[engine], f"output={folder}"])
             table.add_row(engine, str(size), *described(folder))
+            summary = json.loads((folder / "summary.json").read_text())
+            digests.add(summary["final_digest"] if summary["method"] == "mezo" else "")
     Console(width=120).print(table)
+    if len(digests) > 1:
+        sys.exit("zeroth-order runs ended with different digests")
 
 
 def train(ranks: int, words: list[str]) -> None:
