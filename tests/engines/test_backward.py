@@ -70,7 +70,7 @@ def watch_gradients(engine: str, forget_to_free: bool = False) -> None:
                 kept.append(gradient)
         storages = {ref.cdata: size for ref, size in reduced if not ref.expired()}
         alive.append(grad_bytes() + sum(storages.values()))
-        update(local, start, gradient, name, step)
+        return update(local, start, gradient, name, step)
 
     with running(engine, model) as run:
         for step in range(2):  # ZeRO-3 traces the first step and prefetches in the second
