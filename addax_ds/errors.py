@@ -1,4 +1,6 @@
-"""The one exception for input that a user can mend."""
+"""What goes wrong: input that a user can mend, and the end of ranks."""
+
+import torch.distributed as dist
 
 
 class UserError(ValueError):
@@ -15,3 +17,14 @@ class PreemptedError(Exception):
 
 class RankLostError(Exception):
     """A collective failed because another rank has ended or does not answer."""
+
+
+def is_of_another_rank(error: BaseException | None) -> bool:
+    """Whether an error, or one that it followed upon, is that of a collective which another rank has left."""
+    words = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "connection refused")
+    while error is not None:
+        told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+        if told or isinstance(error, dist.DistError):
+            return True
+        error = error.__context__
+    return False

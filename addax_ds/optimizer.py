@@ -14,6 +14,7 @@ from torch import nn
 
 from addax_ds.config import AddaxConfig, build
 from addax_ds.core.checkpointing import refuse_reentrant
+from addax_ds.core.directions import Directions
 from addax_ds.core.dropout import dropout, dropout_seed
 from addax_ds.core.lanes import Job, Lanes, raise_first
 from addax_ds.core.noise import step_seed
@@ -21,6 +22,7 @@ from addax_ds.core.plain import Perturbation
 from addax_ds.core.scalars import RankSums, Scalars, projected_gradients
 from addax_ds.engines.base import Engine, ShardedEngine
 from addax_ds.engines.choose import choose_engine, register_with_deepspeed
+from addax_ds.engines.host_forward import HostForwardError
 from addax_ds.engines.placement import MovedShards, choose_placement
 from addax_ds.errors import UserError
 from addax_ds.loss import LossFunction, per_sample, token_loss
@@ -28,6 +30,7 @@ from addax_ds.micro_batches import Batch, batch_size, cut, fingerprint
 from addax_ds.updates import Pending, Updates
 
 _LARGEST = torch.finfo(torch.float32).max
+_NONE = Directions("shared", 0, ())
 
 
 class Addax(torch.optim.Optimizer):
@@ -45,11 +48,15 @@ class Addax(torch.optim.Optimizer):
     def __init__(self, params: nn.Module | Iterable, **hyperparameters: Any) -> None:
         self.config: AddaxConfig = build(AddaxConfig, hyperparameters, "Addax")
         self.steps = 0
+        self.queries = self.config.queries
+        """`queries` of the next step, for schedules; `config.queries` to begin with."""
         self._engine: Engine | None = None
         self.placement = ""
         """Where the noise is added, "gathered" or "shard"; empty before the first zeroth-order step."""
         self.placement_reason = ""
         self._checked = False  # what only the first step of a process checks
+        # Whether guests need weights that the host's forward does not enter; None where no step has shown it.
+        self._beyond_host: bool | None = None
         self._host_is_forwarding = False
         self._host_entered: set[str] = set()  # paths of modules, noted in the first step
         defaults = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
@@ -93,7 +100,7 @@ class Addax(torch.optim.Optimizer):
             )
         self._engine, self.placement = engine, ""
         engine.trainable_names = set(parameters)
-        self._lanes = Lanes(engine.model, engine.skeleton, engine)
+        self._lanes = Lanes(engine.model, engine.skeleton, engine, self.config.atomic)
         self._updates = Updates(engine, self.config, lambda: self.param_groups, indices, self._own_backward)
         engine.attach(parameters, self._unit_gathered, self._updates.on_gradient)
 
@@ -104,18 +111,15 @@ class Addax(torch.optim.Optimizer):
             self._lanes.close()
             self._engine = None
 
+    @torch.compiler.disable
     def _unit_gathered(self) -> None:
         # Only in a step's own forward: recomputation enters modules again in the backward.
         if self._host_is_forwarding:
             self._lanes.advance()
 
-    def _place(self) -> None:
-        """Settle where the noise is added; with `perturb: auto` by a trial (collectives)."""
+    def _place(self, directions: int) -> None:
         if not self.placement:
-            self.placement, self.placement_reason = self.config.perturb, "as set"
-            if self.config.perturb == "auto":
-                chosen = choose_placement(self.engine, self.config.queries, self.config.distribution)
-                self.placement, self.placement_reason = chosen
+            self.placement, self.placement_reason = choose_placement(self.engine, self.config, directions)
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -140,7 +144,8 @@ class Addax(torch.optim.Optimizer):
         zo = cut(zo_batch, config.zo_micro_batch, "zo_batch") if config.alpha > 0 else []
         fo = cut(fo_batch, config.fo_micro_batch, "fo_batch") if config.alpha < 1 else []
         seed = step_seed(config.seed, self.steps)
-        scalars = Scalars(config.queries, list(map(batch_size, zo)), list(map(batch_size, fo)), engine.world_size)
+        directions = Directions(config.directions, self.queries, tuple(map(batch_size, zo)))
+        scalars = Scalars(directions, list(map(batch_size, fo)), engine.world_size)
         mine = fingerprint(zo + fo)
         scalars.put_fingerprint(engine.rank, mine)
         self._check_idle()
@@ -150,27 +155,33 @@ class Addax(torch.optim.Optimizer):
         if not self._checked:
             self._check_batches_agree(mine)
         if zo:
-            self._place()
+            self._place(directions.most_of_a_rank(engine.world_size))
         backward_ran = not fo
         try:
             with dropout(engine.model, config.dropout):
-                guests = self._guests(zo, seed, loss_fn, beside_a_host=bool(fo))
+                guests = self._guests(zo, directions, seed, loss_fn, beside_a_host=bool(fo))
                 self._begin([job for _, job in guests])
-                loss = self._first_order_forwards(fo, seed, loss_fn, scalars)
-                self._lanes.drive(alike=not fo)
-                for (query, sign, index), job in guests:
-                    if job.error is not None:
-                        scalars.put_fault(engine.rank)
-                    elif index is not None:
-                        scalars.put_zo(query, sign, index, job.result)
+                loss, error = self._first_order_forwards(fo, seed, loss_fn, scalars)
+                beyond, waiting = self._beyond_host, self._lanes.waiting
+                if fo and waiting and beyond is False:
+                    self._lanes.give_up()  # a rank without guests would not join their gathers
+                self._lanes.drive("beyond the host" if fo else "without a host")
+                self._beyond_host = None  # after a fault every rank finds out anew
+                errors = [error, *(job.error for _, job in guests)]
+                if any(errors):
+                    scalars.put_fault(engine.rank)
+                for (direction, sign, index), job in guests:
+                    if job.error is None and index is not None:
+                        scalars.put_zo(direction, sign, index, job.result)
                 scalars.vector = engine.sum(scalars.vector)
-                _raise_faults(scalars.faults(), [job for _, job in guests])
+                _raise_faults(scalars.faults(), errors)
                 scalars.check_fingerprints()
                 if not self._checked:
                     engine.check_reached(self._lanes.entered | self._host_entered)
                     self._checked = True
+                self._beyond_host = bool(beyond) or waiting
                 means = *scalars.zo_means(), scalars.fo_mean()
-                metrics, self._updates.pending = self._decide(*means, seed, 1.0 - config.alpha)
+                metrics, self._updates.pending = self._decide(*means, directions, seed, 1.0 - config.alpha)
                 self.steps += 1
                 if loss is not None and not metrics["skipped"]:
                     loss.backward()
@@ -183,20 +194,23 @@ class Addax(torch.optim.Optimizer):
             engine.after_step(backward_ran)
 
     def _guests(
-        self, zo: list[Batch], seed: int, loss_fn: LossFunction, beside_a_host: bool
+        self, zo: list[Batch], directions: Directions, seed: int, loss_fn: LossFunction, beside_a_host: bool
     ) -> list[tuple[tuple[int, int, int | None], Job]]:
         """This rank's guests, each with its direction, sign and micro-batch."""
-        config, engine = self.config, self.engine
-        mine: list[int | None] = list(range(engine.rank, len(zo), engine.world_size))
-        signs = [(query, sign) for query in range(config.queries) for sign in (1, -1)]
-        if zo and not mine:
-            # Where guests ask for the gathers, each needs one on every rank: its result is dropped.
-            mine = [None]
-            signs = signs if self.placement == "shard" else signs[:0] if beside_a_host else signs[:1]
+        rank, ranks = self.engine.rank, self.engine.world_size
+        work: list[tuple[int, int | None]]
+        if self.placement == "shard":
+            # Every point has gathers of its own, which need each rank at each of them.
+            mine: list[int | None] = list(range(rank, len(zo), ranks))
+            work = [(direction, index) for direction in range(directions.count) for index in mine or [None]]
+        else:
+            work = [*directions.share(rank, ranks)]
+        points = [(direction, sign, index) for direction, index in work for sign in (1, -1)]
+        if zo and not points and not (beside_a_host and self._beyond_host is False):
+            points = [(0, 1, None)]  # where guests ask for gathers each rank needs one
         return [
-            ((query, sign, index), Job(_loss_of(loss_fn, zo[index or 0]), self._point(seed, query, sign)))
-            for query, sign in signs
-            for index in mine
+            ((direction, sign, index), Job(_loss_of(loss_fn, zo[index or 0]), self._point(seed, direction, sign)))
+            for direction, sign, index in points
         ]
 
     def _begin(self, jobs: list[Job]) -> None:
@@ -207,7 +221,7 @@ class Addax(torch.optim.Optimizer):
             return
         for point in dict.fromkeys(job.perturbation for job in jobs):
             at_point = [job for job in jobs if job.perturbation == point]
-            self._lanes.run(at_point, MovedShards(self.engine, point), alike=True)
+            self._lanes.run(at_point, MovedShards(self.engine, point), alike="of moved shards")
 
     def _check_batches_agree(self, mine: int) -> None:
         """Raises `UserError` where ranks hold different batches, before any forward.
@@ -215,7 +229,7 @@ class Addax(torch.optim.Optimizer):
         Every step notices other tokens in its own all-reduce; but with batches of other sizes ranks
         would wait for each other in vain. An all-reduce of its own, so only in the first step.
         """
-        check = Scalars(0, [], [], self.engine.world_size)
+        check = Scalars(_NONE, [], self.engine.world_size)
         check.put_fingerprint(self.engine.rank, mine)
         check.vector = self.engine.sum(check.vector)
         check.check_fingerprints()
@@ -225,34 +239,47 @@ class Addax(torch.optim.Optimizer):
 
     def _first_order_forwards(
         self, fo: list[Batch], seed: int, loss_fn: LossFunction, scalars: Scalars
-    ) -> torch.Tensor | None:
+    ) -> tuple[torch.Tensor | None, BaseException | None]:
         """Forward of this rank's first-order micro-batches, with the guests beside the first.
 
         Backward of all but the last, into a buffer; the last one's loss is returned, for the
-        backward that writes.
+        backward that writes, or the error of its forward.
         """
-        loss = None
-        rounds = range(0, len(fo), self.engine.world_size)
-        for first in rounds:
+        loss: torch.Tensor | None = None
+        error: BaseException | None = None
+        for first in range(0, len(fo), self.engine.world_size):
+            if first:
+                self._raise_together(error)
             if loss is not None:
                 self._updates.pending = Pending(seed, (), 1.0, accumulating=True)
                 loss.backward()
             mine = first + self.engine.rank
-            if mine < len(fo):
-                losses = self._host_forward(fo[mine], loss_fn, seed + mine)
-                scalars.put_fo(mine, losses)
-                loss = losses.sum() / scalars.fo_samples
-            else:
-                # A rank without a micro-batch of its own joins the collectives with weight zero.
-                loss = self._host_forward(fo[-1], loss_fn, seed).sum() * 0.0
-        return loss
+            try:
+                if mine < len(fo):
+                    losses = self._host_forward(fo[mine], loss_fn, seed + mine)
+                    scalars.put_fo(mine, losses)
+                    loss = losses.sum() / scalars.fo_samples
+                else:
+                    # A rank without a micro-batch of its own joins the collectives with weight zero.
+                    loss = self._host_forward(fo[-1], loss_fn, seed).sum() * 0.0
+            except HostForwardError as finished:
+                loss, error = None, finished.__cause__
+        return loss, error
+
+    def _raise_together(self, error: BaseException | None) -> None:
+        """Raise on every rank where a forward of some rank has failed, before a backward (one all-reduce)."""
+        told = Scalars(_NONE, [], self.engine.world_size)
+        if error is not None:
+            told.put_fault(self.engine.rank)
+        told.vector = self.engine.sum(told.vector)
+        _raise_faults(told.faults(), [error])
 
     def _host_forward(self, batch: Batch, loss_fn: LossFunction, seed: int) -> torch.Tensor:
         """Per-sample losses of the model itself: [batch]; `seed` is that of its dropout."""
         self._host_is_forwarding = True
         watches = [] if self._checked else self._watch_host()
         try:
-            with dropout_seed(seed, self.engine.device, self.config.dropout):
+            with self.engine.host_forward(), dropout_seed(seed, self.engine.device, self.config.dropout):
                 return per_sample(loss_fn(self.engine.model, batch), batch_size(batch))
         finally:
             self._host_is_forwarding = False
@@ -269,14 +296,21 @@ class Addax(torch.optim.Optimizer):
         return [modules(path).register_forward_pre_hook(note(path)) for path in self.engine.owners]
 
     def _decide(
-        self, plus: list[float], minus: list[float], loss_fo: float | None, seed: int, gradient_weight: float
+        self,
+        plus: list[float],
+        minus: list[float],
+        loss_fo: float | None,
+        directions: Directions,
+        seed: int,
+        gradient_weight: float,
     ) -> tuple[dict[str, Any], Pending]:
         """Metrics and writes of a step, from the mean losses over all ranks."""
         config = self.config
         g0 = projected_gradients(plus, minus, config.eps)
-        coefficients = tuple(config.alpha * g / config.queries for g in g0)
+        coefficients = directions.coefficients(config.alpha, g0)
+        losses = [*plus, *minus, loss_fo or 0.0]
         # Beyond float32 an update would be as good as infinite.
-        skipped = not all(abs(x) <= _LARGEST for x in [*plus, *minus, loss_fo or 0.0, *coefficients])
+        skipped = not all(abs(x) <= _LARGEST for x in [*losses, *coefficients]) or max(losses) > config.max_loss
         metrics = {
             "step": self.steps + 1,
             "seed": seed,
@@ -304,12 +338,15 @@ class Addax(torch.optim.Optimizer):
         self._updates.begin()
         refuse_reentrant(engine.model)
         engine.before_step()
-        self._place()
-        points = [self._point(seed, query, sign) for query in range(self.config.queries) for sign in (1, -1)]
+        self._place(self.queries)
+        if self.config.directions != "shared":
+            raise UserError("probe() sees no micro-batches: set directions: shared, or call train_step")
+        directions = Directions("shared", self.queries, (1,))
+        points = [self._point(seed, direction, sign) for direction in range(self.queries) for sign in (1, -1)]
         jobs = [Job(lambda model: per_sample(loss_fn(model)).double().cpu(), point) for point in points]
         try:
             self._begin(jobs)
-            self._lanes.drive(alike=True)
+            self._lanes.drive("without a host")
         finally:
             self._lanes.abandon()  # those that a failure has left
         scalars = RankSums(len(jobs), engine.world_size)
@@ -318,12 +355,13 @@ class Addax(torch.optim.Optimizer):
         else:
             scalars.put([job.result for job in jobs])
         scalars.vector = engine.sum(scalars.vector)
-        _raise_faults(scalars.faults(), jobs)
+        _raise_faults(scalars.faults(), [job.error for job in jobs])
         if not self._checked:
             engine.check_reached(self._lanes.entered)
             self._checked = True
         means = scalars.means()
-        metrics, self._updates.pending = self._decide(means[0::2], means[1::2], None, seed, self._own_loop_weight())
+        weight = self._own_loop_weight()
+        metrics, self._updates.pending = self._decide(means[0::2], means[1::2], None, directions, seed, weight)
         return metrics
 
     def _own_loop_weight(self) -> float:
@@ -360,11 +398,12 @@ class Addax(torch.optim.Optimizer):
 
     # -- everything else ------------------------------------------------------------------------
 
-    def replay(self, steps: list[tuple[int, tuple[float, ...], float]]) -> None:
+    def replay(self, steps: list[tuple[int, tuple[float, ...], float]], zo_sizes: tuple[int, ...] = (1,)) -> None:
         """Repeat zeroth-order steps, (seed, g0, lr) each, without their forwards: the same bits.
 
-        For steps of alpha 1 under these hyper-parameters, in order; a skipped one has no g0. No
-        collectives: every rank moves its own shards. Raises `UserError` with several parameter groups,
+        For steps of alpha 1 under these hyper-parameters, in order; a skipped one has no g0. zo_sizes:
+        samples of their micro-batches, for directions per micro-batch. No collectives: every rank moves
+        its own shards. Raises `UserError` with several parameter groups,
         which have learning rates of their own.
         """
         self._check_idle()
@@ -372,7 +411,9 @@ class Addax(torch.optim.Optimizer):
             raise UserError("steps can be repeated with one parameter group: give all parameters one learning rate")
         writes = []
         for seed, g0, lr in steps:
-            coefficients = tuple(self.config.alpha * g / self.config.queries for g in g0)
+            coefficients = Directions.of_scalars(self.config.directions, g0, zo_sizes).coefficients(
+                self.config.alpha, g0
+            )
             writes.append((Pending(seed, coefficients, 1.0 - self.config.alpha), lr))
         self._updates.replay([write for write in writes if write[0].coefficients])
         self.steps += len(steps)
@@ -414,11 +455,12 @@ class Addax(torch.optim.Optimizer):
             raise RuntimeError("a step is under way: call step() after the backward that follows probe()")
 
 
-def _raise_faults(ranks: list[int], jobs: list[Job]) -> None:
-    """Raise on every rank where a zeroth-order forward of some rank has failed."""
-    raise_first(jobs)
+def _raise_faults(ranks: list[int], errors: list[BaseException | None]) -> None:
+    """Raise on every rank where a forward of some rank has failed; errors: this rank's own."""
+    for error in filter(None, errors):
+        raise error
     if ranks:
-        raise RuntimeError(f"a zeroth-order forward failed on rank {ranks[0]}, which says why: no rank takes this step")
+        raise RuntimeError(f"a forward failed on rank {ranks[0]}, which says why: no rank takes this step")
 
 
 def _loss_of(loss_fn: LossFunction, batch: Batch) -> Callable[[nn.Module], torch.Tensor]:

@@ -7,6 +7,9 @@
 - g1: mean over the short samples B^1 of grad l(theta; x)
 - z_q: noise named by (step seed, q, parameter name, element), see core/noise.py
 
+With `directions: per-micro-batch` the mean runs over micro-batches too, each weighted by its samples
+and measured along directions of its own: micro-batch m along q = m * queries and those that follow.
+
 One process, whole weights, every temporary written out. Each engine is tested against this file.
 """
 
@@ -40,19 +43,23 @@ def addax_step(
     model = copy.deepcopy(model)
     theta = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     seed = step_seed(config.seed, step)
+    if config.alpha == 0:
+        measured = []
+    elif config.directions == "shared":
+        measured = [zo_batches] * config.queries
+    else:
+        measured = [[batch] for batch in zo_batches for _ in range(config.queries)]
     directions = [
-        {name: _noise_like(p, name, seed, query, config) for name, p in theta.items()}
-        for query in range(config.queries)
+        {name: _noise_like(p, name, seed, query, config) for name, p in theta.items()} for query in range(len(measured))
     ]
 
-    if config.alpha == 0:
+    if g0 is None:
         g0 = []
-    elif g0 is None:
-        g0 = []
-        for z in directions:
-            plus = _mean_loss(model, _moved(theta, z, config.eps), zo_batches, loss_fn)
-            minus = _mean_loss(model, _moved(theta, z, -config.eps), zo_batches, loss_fn)
+        for z, batches in zip(directions, measured, strict=True):
+            plus = _mean_loss(model, _moved(theta, z, config.eps), batches, loss_fn)
+            minus = _mean_loss(model, _moved(theta, z, -config.eps), batches, loss_fn)
             g0.append((plus - minus) / (2 * config.eps))
+    samples = [sum(len(loss_fn(model, batch)) for batch in batches) for batches in measured]
 
     g1 = {} if config.alpha == 1 else _gradient(model, theta, fo_batches, loss_fn)
 
@@ -64,8 +71,8 @@ def addax_step(
         direction = torch.zeros_like(weight, dtype=torch.float64)
         if name in g1:
             direction += (1 - config.alpha) * g1[name]
-        for scalar, z in zip(g0, directions, strict=config.alpha > 0):
-            direction += config.alpha * scalar / config.queries * z[name]
+        for scalar, z, count in zip(g0, directions, samples, strict=True):
+            direction += config.alpha * scalar * count / sum(samples) * z[name]
         direction += config.weight_decay * weight
         updated[name] = (weight - config.lr * direction).to(weight.dtype)
     return updated, g0

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from addax_ds.training.world import World
 
 STEPS = 2
 METHODS = ("mezo", "addax", "ip-sgd", "sgd", "adamw")
+# Gradients of one micro-batch wait for the next one's: what a third would hold, the second holds.
+ACCUMULATED = 2
 # Else the C library keeps freed tensors of up to 32 MB, and peaks come out two to three times too high.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "2"}
 # Whole product reviews of up to 1,400 tokens. Without activations a micro-batch of 16 of them fits where a
@@ -48,8 +49,9 @@ def bench_memory(
 ) -> Bench:
     """MB per rank, of FSDP2 shards in float32, with and without activation checkpointing.
 
-    mezo and addax take their zeroth-order batch from the documents longer than L_T, addax its first-order
-    batch from the rest; ip-sgd, sgd and adamw take first-order batches of that size from the long documents.
+    All take the same batch of documents longer than L_T, mezo and addax zeroth-order; addax adds its
+    first-order batch of the rest. ip-sgd, sgd and adamw take that batch in micro-batches of
+    `fo_micro_batch`, of which each rank runs only the two of the longest documents: the peak is theirs.
     """
     check("fsdp", ranks, config)
     if not torch.cuda.is_available() and sys.platform != "linux":
@@ -79,8 +81,6 @@ def measure(world: World, method: str, checkpointing: bool, config: RunConfig) -
     """Bytes on this rank: weights, gradients and states kept after a step, and the peak with the weights."""
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
-    if method in ("ip-sgd", "sgd", "adamw"):
-        pools = replace(pools, fo=pools.zo)
     engine = sharded_engine(world, "fsdp", config.model)
     model: Any = engine.model
     if checkpointing:
@@ -98,11 +98,15 @@ def measure(world: World, method: str, checkpointing: bool, config: RunConfig) -
     _reset_peak()
     before = _now()
     for step in range(STEPS):
-        zo, fo = step_batches(config, prepared, step_samples(config, pools, step), inputs, engine.device)
-        assert zo is not None and fo is not None
+        samples = step_samples(config, pools, step)
+        if method in ("ip-sgd", "sgd", "adamw"):
+            longest = sorted(samples[0], key=lambda number: prepared.train[number].length, reverse=True)
+            samples = [], longest[: ACCUMULATED * world.size * config.fo_micro_batch]
+        zo, fo = step_batches(config, prepared, samples, inputs, engine.device)
         if isinstance(optimizer, Addax):
             optimizer.train_step(zo, fo, choice_loss)
         else:
+            assert fo is not None  # samples were given
             _torch_step(optimizer, model, fo, world)
     held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

@@ -1,5 +1,7 @@
 """`addax-ds bench`: the tables of addax_ds/bench."""
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,8 @@ def bench(table: str, engine: str, ranks: int, link: float | None, json: Path | 
         raise UserError(f"--link {link:g}: give the speed in Gbit/s, above 0, for step")
     if json is not None and not json.parent.is_dir():
         raise UserError(f"--json {json}: no folder {json.parent}: make it or choose another")
+    # What is cleaned up at an error, ranks and network namespaces, is so when asked to end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     result = tables[table]()
     result.show()
     if json is not None:

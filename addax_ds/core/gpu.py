@@ -210,6 +210,7 @@ def _perturb_rows(weight, out, rows, width, scale, query, key0, key1, purpose: t
 def _update(
     local,
     gradient,
+    left_out,
     start,
     count,
     gradient_weight,
@@ -227,7 +228,11 @@ def _update(
     direction = tl.zeros((TILE,), tl.float32)
     if has_gradient:
         part = tl.load(gradient + base + offset, mask=inside, other=0.0).to(tl.float32)
-        direction = tl.where(tl.abs(part) < float("inf"), part, 0.0) * gradient_weight
+        finite = tl.abs(part) < float("inf")
+        direction = tl.where(finite, part, 0.0) * gradient_weight
+        unusable = TILE - tl.sum(finite.to(tl.int32))
+        if unusable > 0:
+            tl.atomic_add(left_out, unusable)
     for query in tl.static_range(len(coefficients)):
         direction += _noise(tile, key0 * 0 + query, purpose, key0, key1) * coefficients[query]
     value = tl.load(local + base + offset, mask=inside, other=0.0).to(tl.float32)
@@ -305,11 +310,13 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
     _check(local)
     if not local.numel():
         return 0
+    left_out = torch.zeros((), dtype=torch.int32, device=local.device)
     _launch(
         _update,
         (_tiles(start, local.numel()),),
         local,
         local if gradient is None else gradient.detach().contiguous(),
+        left_out,
         start,
         local.numel(),
         step.gradient_weight,
@@ -321,5 +328,4 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
         gradient is not None,
         local.dtype == torch.bfloat16 and step.stochastic,
     )
-    # Left on the device: its number would hold up the backward.
-    return 0 if gradient is None else (~gradient.isfinite()).sum()
+    return left_out  # on the device: its number would hold up the backward

@@ -13,7 +13,8 @@ BACKENDS = {"cpu": "addax_ds.core.cpu", "cuda": "addax_ds.core.gpu"}
 
 
 @cache
-def _backend(device_type: str):
+def backend(device_type: str):
+    """The module whose functions serve this memory."""
     return importlib.import_module(BACKENDS.get(device_type, "addax_ds.core.plain"))
 
 
@@ -34,7 +35,7 @@ def noise(
     with Philox4x32-10 indexed by element in place of a sequential generator.
     """
     device = torch.device(device)
-    return _backend(device.type).draw(seed, name, start, stop, query, distribution, device)
+    return backend(device.type).draw(seed, name, start, stop, query, distribution, device)
 
 
 def perturb(
@@ -46,16 +47,16 @@ def perturb(
     point: Perturbation,
 ) -> None:
     """plus <- W + scale z and minus <- W - scale z of a range; W is only read. See `plain.perturb`."""
-    _backend(weight.device.type).perturb(weight, start, plus, minus, name, point)
+    backend(weight.device.type).perturb(weight, start, plus, minus, name, point)
 
 
 def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
     """Some rows of W + sign * scale * z. See `plain.perturb_rows`."""
-    return _backend(weight.device.type).perturb_rows(weight, rows, name, point)
+    return backend(weight.device.type).perturb_rows(weight, rows, name, point)
 
 
 def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int | torch.Tensor:
     """The fused update, in place on a flat shard. See `plain.update`."""
     if gradient is not None:
         gradient = gradient.to(local.device)
-    return _backend(local.device.type).update(local, start, gradient, name, step)
+    return backend(local.device.type).update(local, start, gradient, name, step)

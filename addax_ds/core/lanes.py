@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from addax_ds.core.atomic import Owner, held_together
 from addax_ds.core.kernels import perturb
 from addax_ds.core.moved import Moved, is_made_where_read
 from addax_ds.core.plain import Perturbation
@@ -45,6 +46,10 @@ class Weights(Protocol):
 
     def gather(self, path: str) -> contextlib.AbstractContextManager[None]:
         """Gather the unit of the module at `path` for the length of the context (a collective)."""
+        ...
+
+    def agree(self, path: str, failed: bool) -> tuple[str, bool]:
+        """One of the paths that ranks give, empty where none gives one, and whether any has failed (a collective)."""
         ...
 
     def prefetch(self, path: str) -> None:
@@ -81,43 +86,49 @@ class _Stopped(BaseException):
 class _Guest:
     """A worker thread with a skeleton of its own; idle between steps."""
 
-    def __init__(self, skeleton: nn.Module, fetch: Callable, left: Callable) -> None:
+    def __init__(self, skeleton: nn.Module, atomic: tuple[str, ...], fetch: Callable, left: Callable) -> None:
         self.skeleton = skeleton
         self.fetch, self.left = fetch, left
         self.job: Job | None = None
         self.perturbation = Perturbation()
         self.parked = False
-        self.need = ""  # while parked: path of the module whose weights it waits for
+        self.need = ""  # while parked: path of the module that it is about to enter
+        self.owners: list[Owner] = []  # and of which it needs the weights for that
         self.visited = 0  # modules entered in this job
         self.open = 0  # those of them whose forward is not over
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._stopping = False
-        for path, module, owned in owned_weights(skeleton):
-            module.register_forward_pre_hook(self._enter(path, owned), prepend=True, with_kwargs=True)
-            module.register_forward_hook(self._leave(dict(module._parameters)), prepend=True, always_call=True)
+        for path, module, owners in held_together(skeleton, atomic):
+            module.register_forward_pre_hook(self._enter(path, owners), prepend=True, with_kwargs=True)
+            module.register_forward_hook(self._leave(owners), prepend=True, always_call=True)
         # Daemon: a parked thread must never keep a failing process alive.
         threading.Thread(target=self._work, name="addax-guest", daemon=True).start()
 
-    def _enter(self, path: str, owned: dict[str, str]) -> Callable:
+    def _enter(self, path: str, owners: list[Owner]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.visited += 1
-            self.need, self.parked = path, True
+            self.need, self.owners, self.parked = path, owners, True
             self._back.release()
             self._go.acquire()
             self.parked = False
             if self._stopping:
                 raise _Stopped
-            module._parameters.update(self.fetch(self.perturbation, path, module, owned))
+            fetched = self.fetch(self.perturbation, path, owners)
+            for owner, weights in zip(owners, fetched, strict=True):
+                owner.module._parameters.update(weights)
             self.open += 1
 
         return hook
 
-    def _leave(self, absent: dict[str, Any]) -> Callable:
+    def _leave(self, owners: list[Owner]) -> Callable:
+        absent = [dict(owner.module._parameters) for owner in owners]
+
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             # Also after an error in the forward, and then once more for a module that was never entered.
             self.open = max(self.open - 1, 0)
-            module._parameters.update(absent)
+            for owner, placeholders in zip(owners, absent, strict=True):
+                owner.module._parameters.update(placeholders)
             return self.left(output)
 
         return hook
@@ -131,7 +142,12 @@ class _Guest:
     def resume(self) -> None:
         """Let the guest run until it parks again or is done."""
         self._go.release()
-        self._back.acquire()
+        try:
+            self._back.acquire()
+        except BaseException:
+            # A signal's exception in this thread: the guest runs on, and must not meet another at work.
+            self._back.acquire()
+            raise
 
     def stop(self) -> None:
         """Unwind a parked job."""
@@ -185,8 +201,10 @@ class _HostSettings:
 class Lanes:
     """The guests of one model; their threads and skeletons are kept between steps."""
 
-    def __init__(self, model: nn.Module, skeleton: nn.Module, weights: Weights) -> None:
+    def __init__(self, model: nn.Module, skeleton: nn.Module, weights: Weights, atomic: tuple[str, ...] = ()) -> None:
         self._model = model
+        self._atomic = atomic
+        list(held_together(skeleton, atomic))  # raises for patterns that match nothing
         self._skeleton = skeleton
         self._weights = weights
         self._idle: list[_Guest] = []
@@ -210,7 +228,7 @@ class Lanes:
         self._copies_of: tuple | None = None
         self._copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scratch = Scratch()
-        self._order: list[str] | None = None  # what every alike drive gathers, module by module, once known
+        self._orders: dict[str, list[str]] = {}  # what drives of a name gather, module by module, once known
 
     def start(self, jobs: list[Job]) -> None:
         """Begin every job; each runs up to the first weight it needs."""
@@ -219,7 +237,7 @@ class Lanes:
         try:
             for job in jobs:
                 if not self._idle:
-                    self._idle.append(_Guest(duplicate(self._skeleton), self._fetch, self._left))
+                    self._idle.append(_Guest(duplicate(self._skeleton), self._atomic, self._fetch, self._left))
                 guest = self._idle.pop()
                 link_buffers(guest.skeleton, self._model)
                 self._running.append(guest)
@@ -235,48 +253,88 @@ class Lanes:
         The guest that waits for the copies at hand goes first, then the one that is furthest
         behind: so all guests take a module together and its noise is drawn once a direction.
         """
-        while ready := [guest for guest in self._running if self._weights.is_gathered(guest.need)]:
+        while ready := [guest for guest in self._running if self._is_ready(guest)]:
             guest = min(ready, key=lambda guest: (self._key(guest) != self._copies_of, guest.visited))
             guest.resume()
             self._collect()
         self._copies_of, self._copies = None, {}
 
-    def drive(self, alike: bool = False) -> None:
+    @property
+    def waiting(self) -> bool:
+        """Whether a guest waits for weights that are not gathered."""
+        return bool(self._running)
+
+    def give_up(self) -> None:
+        """Let the guests that wait fail, each with an error that names what it waits for."""
+        waiting, self._running = self._running, []
+        for guest in waiting:
+            job = guest.job
+            guest.stop()
+            if job is not None:
+                job.error = RuntimeError(
+                    f"{guest.need} is needed by zeroth-order forwards, and no first-order forward of a step so far has "
+                    "entered it: no rank takes this step, and the next one is prepared for it"
+                )
+        self._idle += waiting
+        self._collect()
+
+    def drive(self, alike: str = "") -> None:
         """Finish the guests by gathering what they ask for, unit by unit (collectives).
 
-        alike: whether this drive gathers the same as every other that is called so. Then the gather
-        of the next unit begins before the guests take this one, and where all guests of this rank
-        have failed, it gathers on for the other ranks; only the first such drive raises at once.
+        alike: a name for drives that all gather the same, on every rank. The first of a name has ranks
+        agree on each gather, so that one whose guests have all failed takes part; in the others the
+        gather of the next unit begins before the guests take this one.
         """
-        expected = (alike and self._order) or []
-        order: list[str] = []
         try:
-            while self._running:
-                behind = min(self._running, key=lambda guest: guest.visited)
-                order.append(behind.need)
-                with self._weights.gather(behind.need):
-                    place = len(order)
-                    if order == expected[:place] and place < len(expected):
-                        self._weights.prefetch(expected[place])
-                    self.advance()
-            if alike and self._jobs:
-                self._end_alike(order)
+            if alike and alike not in self._orders:
+                self._drive_in_agreement(alike)
+            else:
+                self._drive_by_order(self._orders.get(alike, []))
         finally:
             self._weights.drop_prefetched()
             self._jobs = []  # they hold batches, results and, by their errors, activations
 
-    def _end_alike(self, order: list[str]) -> None:
-        """Remember what a drive has gathered, or gather what is missing where all its guests have failed."""
-        if not all(job.error for job in self._jobs):
-            self._order = order
-        elif self._order is None:
-            raise_first(self._jobs)
-        else:
-            for path in self._order[len(order) :]:
-                with self._weights.gather(path):
-                    pass
+    def _drive_in_agreement(self, alike: str) -> None:
+        """Gather what any rank asks for, until none does; remember it where no guest of any rank has failed."""
+        order: list[str] = []
+        while True:
+            behind = min(self._running, key=lambda guest: guest.visited, default=None)
+            failed = any(job.error for job in self._jobs)
+            path, failed = self._weights.agree(behind.owners[0].path if behind else "", failed)
+            if not path:
+                break
+            order.append(path)
+            self._gather_for(behind if behind and behind.owners[0].path == path else None, path)
+        if not failed:
+            self._orders[alike] = order
 
-    def run(self, jobs: list[Job], weights: Weights | None = None, alike: bool = False) -> None:
+    def _drive_by_order(self, expected: list[str]) -> None:
+        """Gather what this rank's guests ask for; where all have failed, what they would have asked for."""
+        order: list[str] = []
+        while self._running:
+            behind = min(self._running, key=lambda guest: guest.visited)
+            order.append(behind.owners[0].path)
+            place = len(order)
+            following = expected[place] if order == expected[:place] and place < len(expected) else None
+            self._gather_for(behind, order[-1], following)
+        if self._jobs and all(job.error for job in self._jobs):
+            for path in expected[len(order) :]:
+                self._gather_for(None, path)
+
+    def _gather_for(self, guest: _Guest | None, path: str, following: str | None = None) -> None:
+        """Gather a unit, begin the gather of the following one, and run the guests as far as that reaches."""
+        with contextlib.ExitStack() as gathered:
+            gathered.enter_context(self._weights.gather(path))
+            for owner in guest.owners if guest else []:
+                if not self._weights.is_gathered(owner.path):
+                    gathered.enter_context(self._weights.gather(owner.path))
+            if following is not None:
+                self._weights.prefetch(following)
+            if guest and not self._is_ready(guest):
+                raise RuntimeError(f"{path} was gathered, and its weights are not there")
+            self.advance()
+
+    def run(self, jobs: list[Job], weights: Weights | None = None, alike: str = "") -> None:
         """Start guests and drive them to their end, reading `weights` in place of the engine's own.
 
         An error of a guest is left in its job: its rank still takes part in all gathers.
@@ -309,6 +367,9 @@ class Lanes:
             guest.close()
         self._idle = []
 
+    def _is_ready(self, guest: _Guest) -> bool:
+        return all(self._weights.is_gathered(owner.path) for owner in guest.owners)
+
     def _key(self, guest: _Guest) -> tuple:
         return guest.need, guest.perturbation.query
 
@@ -320,25 +381,30 @@ class Lanes:
             self._copies_of, self._copies = None, {}
             self._scratch.release()
 
-    def _fetch(
-        self, point: Perturbation, path: str, module: nn.Module, owned: dict[str, str]
-    ) -> dict[str, torch.Tensor]:
-        """Weights of one module at the guest's point: the gathered ones, or moved by sign * scale * z."""
-        self.entered.add(path)
-        fetched = {local: self._weights.weight(path, local).detach() for local in owned}
-        copied = {}
-        for local, name in owned.items():
-            weight = fetched[local]
-            moves = point.sign != 0 and self._weights.trainable(name)
-            if is_made_where_read(module, local, weight, path in self._in_blocks):
-                fetched[local] = Moved(weight, name, point if moves else Perturbation())
-            elif moves:
-                copied[local] = name
-            elif path in self._enclosing:
-                fetched[local] = weight.clone()
-        if copied:
-            copies = self._copies_at(point, path, {name: fetched[local] for local, name in copied.items()})
-            fetched.update({local: copies[name][point.sign < 0] for local, name in copied.items()})
+    def _fetch(self, point: Perturbation, path: str, owners: list[Owner]) -> list[dict[str, torch.Tensor]]:
+        """Weights of each owner at the guest's point: the gathered ones, or moved by sign * scale * z.
+
+        path: of the module that is entered, which holds those of all owners together.
+        """
+        fetched: list[dict[str, torch.Tensor]] = []
+        moving: list[tuple[dict[str, torch.Tensor], str, str]] = []
+        for owner in owners:
+            self.entered.add(owner.path)
+            weights = {local: self._weights.weight(owner.path, local).detach() for local in owner.owned}
+            for local, name in owner.owned.items():
+                weight = weights[local]
+                moves = point.sign != 0 and self._weights.trainable(name)
+                if is_made_where_read(owner.module, local, weight, owner.path in self._in_blocks):
+                    weights[local] = Moved(weight, name, point if moves else Perturbation())
+                elif moves:
+                    moving.append((weights, local, name))
+                elif owner.path in self._enclosing:
+                    weights[local] = weight.clone()
+            fetched.append(weights)
+        if moving:
+            copies = self._copies_at(point, path, {name: weights[local] for weights, local, name in moving})
+            for weights, local, name in moving:
+                weights[local] = copies[name][point.sign < 0]
         return fetched
 
     def _copies_at(

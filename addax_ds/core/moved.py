@@ -47,10 +47,14 @@ class Moved(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is functional.embedding and isinstance(args[1], cls):
-            return args[1]._look_up(args[0])
-        if function is functional.linear and isinstance(args[1], cls):
-            return args[1]._multiply(*args[:1], *args[2:], **kwargs)
+        if function is functional.embedding:
+            ids, weight = _inputs(*args, **kwargs)[:2]
+            if isinstance(weight, cls):
+                return weight._look_up(ids)
+        if function is functional.linear:
+            input, weight, bias = _inputs(*args, **kwargs)
+            if isinstance(weight, cls):
+                return weight._multiply(input, bias)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -78,12 +82,13 @@ class Moved(torch.Tensor):
         weight, name, point = self._of
         if not point.sign:
             return functional.embedding(ids, weight)
-        rows, places = ids.unique(return_inverse=True)  # sorted
+        rows, places = ids.long().unique(return_inverse=True)  # sorted
         if len(rows) and (rows[0] < 0 or rows[-1] >= weight.shape[0]):
-            raise IndexError(f"token id {int(rows[-1])} of a batch is not among the {weight.shape[0]} rows of {name}")
+            unknown = int(rows[0] if rows[0] < 0 else rows[-1])
+            raise IndexError(f"token id {unknown} of a batch is not among the {weight.shape[0]} rows of {name}")
         return functional.embedding(places, perturb_rows(weight, rows, name, point))
 
-    def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         height, width = self._of[0].shape
         rows = max(CHUNK // width, 1)
         out: Any = None
@@ -94,3 +99,8 @@ class Moved(torch.Tensor):
                 out = part.new_empty(*part.shape[:-1], height)
             out[..., begin:end] = part
         return out
+
+
+def _inputs(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    """What a linear layer or a look-up was called with, by place or by name."""
+    return input, weight, bias

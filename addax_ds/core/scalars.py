@@ -1,9 +1,11 @@
 """The scalars of a step: every per-sample loss, in one vector for one all-reduce."""
 
+import itertools
 import math
 
 import torch
 
+from addax_ds.core.directions import Directions
 from addax_ds.errors import UserError
 
 
@@ -15,18 +17,23 @@ class Scalars:
     in the sum, which is how all ranks learn of it together.
     """
 
-    def __init__(self, queries: int, zo_sizes: list[int], fo_sizes: list[int], world_size: int) -> None:
-        self._queries = queries
-        self._zo_sizes, self._fo_sizes = zo_sizes, fo_sizes
-        self._zo_samples, self.fo_samples = sum(zo_sizes), sum(fo_sizes)
-        self._fo_at = 2 * queries * self._zo_samples
+    def __init__(self, directions: Directions, fo_sizes: list[int], world_size: int) -> None:
+        self._directions = directions
+        # Of each direction the losses on one side of theta, and then those on the other.
+        self._starts = list(
+            itertools.accumulate((2 * directions.samples(d) for d in range(directions.count)), initial=0)
+        )
+        self._fo_sizes, self.fo_samples = fo_sizes, sum(fo_sizes)
+        self._fo_at = self._starts[-1]
         self._fingerprints_at = self._fo_at + self.fo_samples
         self._faults_at = self._fingerprints_at + world_size
         self.vector = torch.zeros(self._faults_at + world_size, dtype=torch.float64)
 
-    def put_zo(self, query: int, sign: int, index: int, losses: torch.Tensor) -> None:
-        """Losses of zeroth-order micro-batch `index` at theta + sign * eps * z_query."""
-        at = (2 * query + (sign < 0)) * self._zo_samples + sum(self._zo_sizes[:index])
+    def put_zo(self, direction: int, sign: int, index: int, losses: torch.Tensor) -> None:
+        """Losses of zeroth-order micro-batch `index` at theta + sign * eps * z of a direction."""
+        directions = self._directions
+        at = self._starts[direction] + (sign < 0) * directions.samples(direction)
+        at += directions.samples_before(direction, index)
         self.vector[at : at + len(losses)] = losses
 
     def put_fo(self, index: int, losses: torch.Tensor) -> None:
@@ -54,11 +61,12 @@ class Scalars:
             raise UserError(f"ranks 0 and {other} were given different batches: pass every rank the same global batch")
 
     def zo_means(self) -> tuple[list[float], list[float]]:
-        """Mean losses at theta + eps z_q and at theta - eps z_q, one per direction."""
-        if not self._zo_samples:
-            return [], []
-        rows = self.vector[: self._fo_at].view(self._queries, 2, self._zo_samples)
-        plus, minus = ([mean(row.tolist()) for row in rows[:, side]] for side in (0, 1))
+        """Mean losses at theta + eps z and at theta - eps z, one per direction."""
+        plus, minus = [], []
+        for begin, end in itertools.pairwise(self._starts):
+            losses = self.vector[begin:end].tolist()
+            plus.append(mean(losses[: len(losses) // 2]))
+            minus.append(mean(losses[len(losses) // 2 :]))
         return plus, minus
 
     def fo_mean(self) -> float | None:

@@ -31,9 +31,11 @@ class Absent(torch.Tensor):
             return args[0]
         absent = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, Absent)]
         name = absent[0].weight_name if absent else "a weight"
-        raise RuntimeError(
-            f"{name} is read outside the forward of the module that owns it ({function}); zeroth-order "
-            "forwards hold a weight only there: have the loss function call that module"
+        reader = ".".join(name.split(".")[:-2]) or "*"
+        raise UserError(
+            f"{name} is read outside the forward of the module that owns it ({function}), and zeroth-order forwards "
+            f"hold it only there: set atomic to the module that reads it, for example [{reader}], or have the loss "
+            "function call the module that owns it"
         )
 
 
@@ -45,6 +47,11 @@ def strip(model: nn.Module) -> nn.Module:
     """
     for path in own_forwards(model):
         module = model.get_submodule(path)
+        if hasattr(module, "_orig_mod"):
+            raise UserError(
+                f"{path or 'the model'} was wrapped by torch.compile, of which there is no copy for zeroth-order "
+                "forwards: compile modules in place, with module.compile()"
+            )
         if getattr(module.__dict__["forward"], "__self__", None) is not module:
             raise UserError(
                 f"{path or 'the model'}.forward was replaced by a function that is no method of it, through which "

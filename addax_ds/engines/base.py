@@ -14,6 +14,7 @@ from torch import nn
 
 from addax_ds.core.shard import Shard
 from addax_ds.core.skeleton import own_forwards, owned_weights
+from addax_ds.engines.host_forward import HostForward, ungathered
 from addax_ds.engines.units import units_of
 from addax_ds.errors import UserError
 
@@ -74,6 +75,16 @@ class Engine(ABC):
     def gather(self, path: str) -> contextlib.AbstractContextManager[None]:
         """Gather the unit of the module at `path` for the length of the context (a collective)."""
 
+    def agree(self, path: str, failed: bool) -> tuple[str, bool]:
+        """One of the paths that ranks give, empty where none gives one, and whether any has failed (one all-reduce)."""
+        paths = list(self.owners)
+        votes = torch.zeros(len(paths) + 1, dtype=torch.float64)
+        if path:
+            votes[paths.index(path)] = 1.0
+        votes[-1] = float(failed)
+        *asked, failures = self.sum(votes).tolist()
+        return next((path for path, number in zip(paths, asked, strict=True) if number), ""), failures > 0
+
     def prefetch(self, path: str) -> None:  # noqa: B027 - nothing to begin where every rank holds all
         """Begin the gather of the unit of the module at `path`, which the next `gather` asks for."""
 
@@ -104,6 +115,14 @@ class Engine(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Remove every hook."""
+
+    def host_forward(self) -> contextlib.AbstractContextManager[None]:
+        """Around a forward of the host.
+
+        Where it fails, this rank takes part in the gathers that the other ranks still make, and raises
+        `HostForwardError` from the error; or the error at once, where no forward before has shown them.
+        """
+        return ungathered()
 
     def before_step(self) -> None:  # noqa: B027 - most engines have nothing to do
         """Called before the forwards of a step; raises where a setting would spoil it."""
@@ -147,6 +166,12 @@ class Engine(ABC):
 
 class ShardedEngine(Engine):
     """An engine of whose weights each rank holds a part."""
+
+    _gathers: HostForward
+    """Set by `attach`."""
+
+    def host_forward(self) -> contextlib.AbstractContextManager[None]:
+        return self._gathers.watched()
 
     @abstractmethod
     def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:

@@ -191,6 +191,14 @@ class DeepSpeedAddax(ZeROOptimizer):
     def placement_reason(self) -> str:
         return self.optimizer.placement_reason
 
+    @property
+    def queries(self) -> int:
+        return self.optimizer.queries
+
+    @queries.setter
+    def queries(self, queries: int) -> None:
+        self.optimizer.queries = queries
+
     def train_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `Addax.train_step`; steps the engine's schedule, counters and monitor too."""
         metrics = self.optimizer.train_step(*args, **kwargs)

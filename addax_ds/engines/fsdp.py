@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from addax_ds.core.shard import Shard
 from addax_ds.core.skeleton import strip
 from addax_ds.engines.base import OnGradient, ShardedEngine
+from addax_ds.engines.host_forward import HostForward
 from addax_ds.engines.units import units_of
 from addax_ds.errors import UserError
 
@@ -188,6 +189,14 @@ class FSDP(ShardedEngine):
             self._hooked[name] = parameter
             # FSDP2 itself calls these hooks of the sharded parameter right after the reduce-scatter.
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take(name, on_gradient)))
+        self._gathers = HostForward(self.model, self._own_hooks(), gathered)
+
+    def _own_hooks(self) -> list[Any]:
+        """FSDP2's own around forwards."""
+        states = [module._get_fsdp_state() for module in self.model.modules() if isinstance(module, FSDPModule)]
+        both = [handle for s in states for handle in (s._pre_forward_hook_handle, s._post_forward_hook_handle)]
+        # Modules that are gathered together have one handle for all their hooks.
+        return [hook for handle in both for hook in getattr(handle, "handles", [handle])]
 
     def _enter(self, unit: str, gathered: Callable[[], None]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -216,6 +225,7 @@ class FSDP(ShardedEngine):
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._gathers.detach()
         self._handles, self._hooked = [], {}
 
     def before_step(self) -> None:

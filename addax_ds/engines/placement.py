@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from addax_ds.config import AddaxConfig
 from addax_ds.core.kernels import perturb
 from addax_ds.core.noise import Distribution
 from addax_ds.core.plain import Perturbation
@@ -64,6 +65,10 @@ class MovedShards:
         finally:
             self._held = {}
 
+    def agree(self, path: str, failed: bool) -> tuple[str, bool]:
+        """See `lanes.Weights`."""
+        return self._engine.agree(path, failed)
+
     def prefetch(self, path: str) -> None:
         """See `lanes.Weights`."""
         self._prefetched = {name: self._start(name) for name in self._names(path)}
@@ -97,13 +102,19 @@ class MovedShards:
         return out[: shard.numel].view(shape), work
 
 
-def choose_placement(engine: Engine, queries: int, distribution: Distribution) -> tuple[str, str]:
-    """("gathered" or "shard", why), the same on every rank: what costs a step less (collectives).
+def choose_placement(engine: Engine, config: AddaxConfig, directions: int) -> tuple[str, str]:
+    """("gathered" or "shard", why), the same on every rank; for `perturb: auto` what costs a step less.
 
-    All three speeds are measured here, on the engine's own devices and links.
+    directions: the most that a rank draws where weights are gathered. All three speeds are measured
+    here, on the engine's own devices and links (collectives).
     """
+    if config.perturb != "auto":
+        return config.perturb, "as set"
     if not isinstance(engine, ShardedEngine):
         return "gathered", "every rank holds every weight"
+    if config.directions != "shared":
+        return "gathered", "each micro-batch has directions of its own"
+    queries, distribution = config.queries, config.distribution
     _, group = engine.share(engine.names[0])
     ranks = dist.get_world_size(group)
     if ranks == 1:
@@ -113,8 +124,9 @@ def choose_placement(engine: Engine, queries: int, distribution: Distribution) -
     noise = _noise_speed(engine.device, distribution)
     noise_on_shards = _noise_speed(shards[0].local.device, distribution)  # with CPU offload, not the device
     link = _link_speed(engine.device, group)
-    # z is drawn once for both signs of a gathered weight, and once for each sign of a shard.
-    gathered = queries * numel / noise
+    # z is drawn once for both signs of a gathered weight, by the ranks that need it, and of a shard once for
+    # each sign, of all directions.
+    gathered = directions * numel / noise
     shard = 2 * queries * (numel / ranks / noise_on_shards + numel * element * (ranks - 1) / ranks / link)
     costs = torch.tensor([gathered, shard], dtype=torch.float64)
     gathered, shard = (engine.sum(costs) / engine.world_size).tolist()

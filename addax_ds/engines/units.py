@@ -23,7 +23,9 @@ def units_of(model: nn.Module) -> list[list[str]]:
         inside = f"{path}." if path else ""
         if path in blocks or not any(True for _ in module.parameters()):
             return
-        if path and not any(block.startswith(inside) for block in blocks):
+        # FSDP2 wraps nothing that has no forward of its own.
+        container = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if path and not container and not any(block.startswith(inside) for block in blocks):
             outside.append(path)
             return
         for name, child in module.named_children():

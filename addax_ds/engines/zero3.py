@@ -17,6 +17,7 @@ from torch import nn
 
 from addax_ds.core.shard import Shard
 from addax_ds.engines.base import OnGradient, ShardedEngine
+from addax_ds.engines.host_forward import HostForward
 
 
 class Zero3(ShardedEngine):
@@ -120,6 +121,9 @@ class Zero3(ShardedEngine):
             parameter = self._parameters[name]
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._reduce(name, on_gradient)))
 
+        hooks = [self._offload.fwd_pre_hook, *self._offload.forward_hooks]
+        self._gathers = HostForward(self.model, hooks, gathered)
+
     def _reduce(self, name: str, on_gradient: OnGradient) -> Callable[[Any], None]:
         def hook(parameter: Any) -> None:
             gradient, parameter.grad = parameter.grad, None
@@ -154,6 +158,7 @@ class Zero3(ShardedEngine):
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._gathers.detach()
         self._handles = []
 
     def before_step(self) -> None:

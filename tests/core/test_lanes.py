@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import signal
 import threading
+import time
 import weakref
 
 import pytest
@@ -16,6 +18,7 @@ from addax_ds.core.moved import Moved
 from addax_ds.core.noise import noise
 from addax_ds.core.plain import Perturbation
 from addax_ds.core.skeleton import strip
+from addax_ds.errors import UserError
 
 EPS = 0.1
 
@@ -72,6 +75,9 @@ class OneUnitAtATime:
         self.prefetched = None
         yield
         self.gathered = None
+
+    def agree(self, path: str, failed: bool) -> tuple[str, bool]:
+        return path, failed
 
     def prefetch(self, path: str) -> None:
         self.prefetched = self.unit(path)
@@ -164,7 +170,7 @@ def test_the_next_unit_is_on_its_way_while_guests_take_one(lanes, weights):
 
 def test_a_drive_that_ends_early_or_goes_elsewhere_leaves_nothing_on_its_way(lanes, weights):
     def drive(run):
-        lanes.run([Job(run)], alike=True)
+        lanes.run([Job(run)], alike="test")
         assert weights.prefetched is None
 
     drive(lambda m: m(X))
@@ -395,6 +401,12 @@ def test_a_large_weight_gives_its_whole_copy_to_any_other_use():
     torch.testing.assert_close(torch.ones(10) @ moved, whole.sum(0))
     torch.testing.assert_close(moved[[2, 5]], whole[[2, 5]])
     torch.testing.assert_close(moved.T.contiguous(), whole.T)
+    torch.testing.assert_close(nn.functional.linear(torch.ones(2, 4), weight=moved), torch.ones(2, 4) @ whole.T)
+    by_name = nn.functional.embedding(input=torch.tensor([2], dtype=torch.int32), weight=moved)
+    torch.testing.assert_close(by_name, whole[[2]])
+    for ids, unknown in (([3, -1], -1), ([3, 10], 10)):
+        with pytest.raises(IndexError, match=f"token id {unknown} of a batch is not among the 10 rows of w"):
+            nn.functional.embedding(torch.tensor(ids), moved)
     torch.testing.assert_close(torch.embedding(moved, torch.tensor([2])), whole[[2]])
     assert type(moved * 2) is torch.Tensor
     with torch.no_grad():
@@ -461,19 +473,23 @@ def test_an_error_in_a_guest_stops_no_other_and_the_next_run_works(lanes):
 
 def test_a_rank_whose_guests_have_all_failed_gathers_on_for_the_others(lanes, weights):
     units = ["blocks.0", "blocks.1", "blocks.2", "head"]
-    with pytest.raises(BrokenError):
-        lanes.run([Job(fail)], alike=True)  # what the others gather is not known yet
-    lanes.run([Job(lambda m: m(X))], alike=True)
+    # What the others gather is not known yet: each gather is agreed on, as another rank's votes say here.
+    votes = iter([*units, ""])
+    weights.agree = lambda path, failed: (next(votes), failed)
+    lanes.run([job := Job(fail)], alike="test")
+    assert isinstance(job.error, BrokenError) and weights.gathers == units
+    del weights.agree
+    lanes.run([Job(lambda m: m(X))], alike="test")
     lanes.run([Job(lambda m: m.head(X))])
     for failing in (fail, fail_at_once):
         weights.gathers.clear()
-        lanes.run([job := Job(failing), Job(failing)], alike=True)
+        lanes.run([job := Job(failing), Job(failing)], alike="test")
         assert isinstance(job.error, BrokenError)
         assert weights.gathers == units
 
 
 def test_a_weight_read_outside_its_module_is_an_error_not_a_wrong_number(lanes):
-    with pytest.raises(RuntimeError, match=r"head\.weight is read outside"):
+    with pytest.raises(UserError, match=r"head\.weight is read outside"):
         lanes.run(jobs := [Job(lambda m: m.blocks[0](X) @ m.head.weight.T)])
         raise_first(jobs)
 
@@ -509,3 +525,24 @@ def test_guests_take_the_hosts_autocast_and_never_its_gradients(model, lanes):
     lanes.start([Job(run, point) for point in points()])
     lanes.drive()
     assert kinds == [(torch.bfloat16, False)] * 2 + [(torch.float32, False)] * 2
+
+
+def test_an_exception_of_a_signal_leaves_the_guests_in_order(lanes):
+    """As Ctrl-C raises it while a guest is at work; the next forwards are whole."""
+    expected = Job(lambda m: m(X))
+    lanes.run([expected])
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            lanes.run([Job(lambda m: (time.sleep(0.5), m(X)))])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    again = [Job(lambda m: m(X)), Job(lambda m: m(X))]
+    lanes.run(again)
+    for job in again:
+        assert job.error is None and torch.equal(job.result, expected.result)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from addax_ds.core.directions import Directions
 from addax_ds.core.scalars import Scalars, mean, projected_gradients
 from addax_ds.errors import UserError
 
@@ -17,7 +18,7 @@ def losses(kind: int, index: int, size: int) -> torch.Tensor:
 
 def reduced(ranks: int, bad: tuple[int, float] | None = None, fingerprints: list[int] | None = None) -> Scalars:
     """What every rank holds after the all-reduce when micro-batches are dealt to `ranks` ranks."""
-    parts = [Scalars(2, ZO_SIZES, FO_SIZES, ranks) for _ in range(ranks)]
+    parts = [Scalars(Directions("shared", 2, (2, 2, 1)), FO_SIZES, ranks) for _ in range(ranks)]
     for index, size in enumerate(ZO_SIZES):
         for query in range(2):
             for sign in (1, -1):
@@ -62,7 +63,7 @@ def test_different_batches_are_noticed():
 
 
 def test_without_samples_there_is_no_mean():
-    empty = Scalars(1, [], [], 1)
+    empty = Scalars(Directions("shared", 1, ()), [], 1)
     assert empty.zo_means() == ([], []) and empty.fo_mean() is None
 
 
@@ -72,7 +73,7 @@ def test_the_mean_is_rounded_once():
 
 
 def test_faults_name_their_ranks_and_leave_everything_else_alone():
-    ranks = [Scalars(1, [2], [1], 3) for _ in range(3)]
+    ranks = [Scalars(Directions("shared", 1, (2,)), [1], 3) for _ in range(3)]
     for rank, scalars in enumerate(ranks):
         scalars.put_fingerprint(rank, 7)
     ranks[2].put_fault(2)

@@ -51,7 +51,7 @@ def test_a_skeleton_owns_no_memory_but_answers_for_its_weights():
     ids=["add", "matmul", "linear", "sum", "index", "to", "cat", "copy"],
 )
 def test_arithmetic_on_an_absent_weight_raises_and_names_it(use):
-    with pytest.raises(RuntimeError, match=r"embed\.weight is read outside the forward"):
+    with pytest.raises(UserError, match=r"embed\.weight is read outside the forward"):
         use(strip(Small()).head.weight)
 
 

@@ -46,7 +46,8 @@ def _check_step(config, reference, step, zo, fo, loss_fn, metrics, after, lr_of)
     zo_batches = cut(zo, config.zo_micro_batch, "zo") if config.alpha > 0 else []
     fo_batches = cut(fo, config.fo_micro_batch, "fo") if config.alpha < 1 else []
     expected, g0 = addax_step(reference, zo_batches, fo_batches, loss_fn, config, step)
-    assert len(metrics["g0"]) == len(g0) == (config.queries if config.alpha > 0 else 0)
+    per_batch = 1 if config.directions == "shared" else len(zo_batches)
+    assert len(metrics["g0"]) == len(g0) == (config.queries * per_batch if config.alpha > 0 else 0)
     for query, (got, wanted) in enumerate(zip(metrics["g0"], g0, strict=True)):
         loss = max(metrics["loss_zo"]["plus"][query], metrics["loss_zo"]["minus"][query])
         # Two losses, each a few units in the last place off, and 1 / (2 eps) multiplies the difference.

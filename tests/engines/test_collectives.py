@@ -1,11 +1,13 @@
 """Traffic: zeroth-order forwards ride on the gathers of the first-order step."""
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from addax_ds.core.lanes import Lanes
 from addax_ds.engines.fsdp import parameter_groups_of
 from tests.engines.setups import batch_for, build_model, loss_for, running
 from tests.world import World
@@ -136,3 +138,46 @@ def gathers_begun_ahead() -> list[bool]:
 def test_fsdp_on_cpus_gathers_the_next_unit_while_this_one_computes(world: World):
     for ahead in world.run(gathers_begun_ahead):
         assert not ahead[0] and ahead[-1]
+
+
+class NothingKept(dict):
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def gathers_begun_at_each_unit(run, step: int, ahead: bool) -> list[int]:
+    """How many gathers have begun when guests first take a weight of a unit, unit after unit."""
+    lanes, counted = getattr(run.optimizer, "optimizer", run.optimizer)._lanes, Collectives()
+    seen: list[tuple[tuple[str, ...], int]] = []
+    fetch = Lanes._fetch
+
+    def watched(self, point, path, owners):
+        unit = tuple(run.engine.gathered_with[owners[0].path])
+        if not seen or seen[-1][0] != unit:
+            seen.append((unit, sum(counted.number[name] for name in GATHERS)))
+        return fetch(self, point, path, owners)
+
+    if not ahead:
+        lanes._orders = NothingKept()  # then no drive knows what comes next
+    with mock.patch.object(Lanes, "_fetch", watched), counted:
+        # Guests that were made before call what they were given then.
+        lanes.close()
+        run.train_step(batch_for("llama", 4, 12, step), None)
+    return [number for _, number in seen]
+
+
+def compare_with_gathers_in_turn(engine: str, perturb: str) -> None:
+    with running(engine, build_model("llama-untied"), alpha=1.0, perturb=perturb) as run:
+        run.train_step(batch_for("llama", 4, 12), None)
+        ahead = gathers_begun_at_each_unit(run, 1, ahead=True)
+        in_turn = gathers_begun_at_each_unit(run, 2, ahead=False)
+    drives = 2 if perturb == "shard" else 1  # one for each point, or one for all
+    assert len(in_turn) == len(ahead) > 3 * drives
+    assert sum(early > late for early, late in zip(ahead, in_turn, strict=True)) == len(ahead) - drives
+
+
+@pytest.mark.parametrize("perturb", ["gathered", "shard"])
+@pytest.mark.parametrize("engine", ["fsdp", "zero3-evicting"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_without_a_host_the_next_unit_is_gathered_while_guests_take_this_one(world: World, engine: str, perturb: str):
+    world.run(compare_with_gathers_in_turn, engine=engine, perturb=perturb)

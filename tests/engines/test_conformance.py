@@ -29,6 +29,8 @@ def matrix() -> list:
             every = (engine, size) in (("replicated", 3), ("fsdp", 3), ("zero3", 3), ("zero3-evicting", 3), ("hsdp", 4))
             models = MODELS if every else (MODELS[(place + size) % len(MODELS)],)
             cells += [pytest.param(size, engine, model, id=f"{engine}-{model}-{size}") for model in models]
+    # The other families once each: how guests find their weights is a matter of the model, not of the engine.
+    cells += [pytest.param(2, "fsdp", model, id=f"fsdp-{model}-2") for model in ("gpt2", "qwen3", "mixtral")]
     return cells
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from addax_ds.core import moved
 from tests.engines.setups import batch_for, build_model, built_under_zero_init, loss_for, running
 from tests.world import World
 
@@ -39,15 +40,23 @@ def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str
         model = prepared_by_accelerate(model)
     if "zero.Init" in with_:
         model = built_under_zero_init(model_name, engine)
-    seen = []
-    with running(engine, model, queries=2, **hyper) as run:
+    seen, graphs = [], []
+
+    def compiled(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with contextlib.ExitStack() as stack:
+        if "chunks" in with_:  # a head's weight is made in pieces
+            stack.enter_context(mock.patch.object(moved, "CHUNK", 300))
+        run = stack.enter_context(running(engine, model, queries=2, **hyper))
         raw = getattr(run.optimizer, "optimizer", run.optimizer)
         if in_turn:
             raw._begin = lambda jobs: [raw._lanes.run([job]) for job in jobs]
         if "compile" in with_:
             for unit in raw.engine.units:
                 if len(unit) == 1 and "layers." in unit[0]:
-                    model.get_submodule(unit[0]).compile(backend="eager")
+                    model.get_submodule(unit[0]).compile(backend=compiled)
         autocast = torch.autocast("cpu", torch.bfloat16) if "autocast" in with_ else contextlib.nullcontext()
         for step in range(3):
             zo, fo = batch_for(model_name, 7, 12, step), batch_for(model_name, 3, 6, step + 5)
@@ -56,6 +65,7 @@ def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str
             with autocast:
                 metrics = run.train_step(zo, fo, loss_for(model_name))
             seen.append((metrics["loss_zo"], metrics["loss_fo"], metrics["g0"], run.digest()))
+    assert bool(graphs) == ("compile" in with_)
     return seen
 
 
@@ -80,9 +90,15 @@ def test_lockstep_is_bit_equal_on_every_model(world: World, engine: str, model: 
         ("zero3-evicting", ("checkpointing",)),
         ("fsdp", ("bfloat16",)),
         ("zero3", ("bfloat16",)),
+        ("zero3-evicting", ("bfloat16",)),
+        ("fsdp", ("chunks",)),
+        ("zero3-evicting", ("chunks",)),
         ("fsdp", ("autocast",)),
+        ("zero3-evicting", ("autocast",)),
         ("fsdp", ("autocast", "checkpointing")),
         ("fsdp", ("compile",)),
+        ("zero3", ("compile",)),
+        ("zero3-evicting", ("compile",)),
         ("zero3", ()),
         ("fsdp-offload", ()),
         ("zero3-offload", ()),

@@ -36,7 +36,7 @@ def poisoned(samples: int, tokens: int, factor: float | None, seed: int = 0) -> 
 def skip_and_go_on(engine: str, where: str, factor: float) -> None:
     model, reference = build_model(MODEL), build_model(MODEL)
     alpha = 1.0 if where == "only guests" else 0.3
-    with running(engine, model, alpha=alpha) as run:
+    with running(engine, model, alpha=alpha, max_loss=100.0) as run:
         before = run.digest()
         zo = poisoned(4, 12, None if where == "host" else factor)
         fo = poisoned(4, 6, factor if where == "host" else None)
@@ -48,11 +48,18 @@ def skip_and_go_on(engine: str, where: str, factor: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "factor"), [("guest", float("inf")), ("host", float("nan")), ("only guests", float("nan"))]
+    ("where", "factor"),
+    [
+        ("guest", float("inf")),
+        ("host", float("nan")),
+        ("only guests", float("nan")),
+        ("guest", 1e3),  # finite, and above max_loss
+        ("host", 1e3),
+    ],
 )
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("world", [2], indirect=True)
-def test_a_loss_that_is_not_finite_on_one_rank_writes_nothing_anywhere(
+def test_a_loss_that_is_not_finite_or_a_spike_on_one_rank_writes_nothing_anywhere(
     world: World, engine: str, where: str, factor: float
 ):
     world.run(skip_and_go_on, engine=engine, where=where, factor=factor)
@@ -209,12 +216,13 @@ def loss_that_fails_on_13(model: nn.Module, batch: dict[str, torch.Tensor]) -> t
     raise BrokenError
 
 
-def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
+def one_rank_fails(engine: str, alpha: float, perturb: str, at_first: bool) -> None:
     model, reference = build_model(MODEL), build_model(MODEL)
     rank = dist.get_rank()
     good = [(poisoned(4, 12, None, i), poisoned(4, 6, None, i)) for i in range(2)]
     with running(engine, model, alpha=alpha, perturb=perturb) as run:
-        check_steps(run, reference, good[:1], scaled_loss)
+        if not at_first:
+            check_steps(run, reference, good[:1], scaled_loss)
         before = run.digest()
         for sample, factor in ((0, 13), (2, 14)):  # of rank 0 and 1
             zo = poisoned(4, 12, None)
@@ -236,14 +244,95 @@ def one_rank_fails(engine: str, alpha: float, perturb: str) -> None:
         check_steps(run, reference, good[1:], scaled_loss)
 
 
+@pytest.mark.parametrize("at_first", [False, True])
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 @pytest.mark.parametrize(
     ("engine", "perturb"),
     [*((engine, "gathered") for engine in ENGINES), ("fsdp", "shard"), ("zero3-evicting", "shard")],
 )
 @pytest.mark.parametrize("world", [2], indirect=True)
-def test_a_guest_that_fails_on_one_rank_fails_the_step_on_all(world: World, engine: str, alpha: float, perturb: str):
-    world.run(one_rank_fails, engine=engine, alpha=alpha, perturb=perturb)
+def test_a_guest_that_fails_on_one_rank_fails_the_step_on_all(
+    world: World, engine: str, alpha: float, perturb: str, at_first: bool
+):
+    world.run(one_rank_fails, engine=engine, alpha=alpha, perturb=perturb, at_first=at_first)
+
+
+def failing_at(place: str, meant: Callable[[dict], bool], whole: Callable) -> Callable:
+    """The loss `whole`, which fails in one place of the host's forward of the batches that are meant."""
+
+    def fail(*_: object) -> None:
+        if torch.is_grad_enabled():
+            raise BrokenError
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not meant(batch):
+            return whole(model, batch)
+        if place == "before":
+            fail()
+        inside = model.get_submodule("" if place in ("before", "after") else place)
+        handle = inside.register_forward_pre_hook(fail) if inside is not model else None
+        try:
+            losses = whole(model, batch)
+        finally:
+            if handle is not None:
+                handle.remove()
+        fail()
+        return losses
+
+    return loss
+
+
+def twice(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A loss that calls the model again: units are gathered for each call."""
+    return scaled_loss(model, batch) + scaled_loss(model, {**batch, "input_ids": batch["input_ids"].flip(0)})
+
+
+def the_host_fails_on_one_rank(engine: str, name: str, fo_micro_batch: int, calls: int, **options) -> None:
+    loss = {1: scaled_loss, 2: twice}[calls]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    good = [(poisoned(4, 12, None, i), poisoned(4, 6, None, i)) for i in range(2)]
+    digests = []
+    for places in ((), ("before", "model.embed_tokens", "model.layers.0", "model.layers.1.mlp", "lm_head", "after")):
+        with running(engine, build_model(name), fo_micro_batch=fo_micro_batch, **options) as run:
+            # What the forwards of the other ranks gather is known from a step before.
+            run.train_step(*good[0], loss)
+            before = run.digest()
+            for place in places:
+                for sample in (0, 3):  # the first of its rounds, and the last
+                    culprit = sample // fo_micro_batch % ranks
+                    fo = poisoned(4, 6, None)
+                    fo["factor"][sample] = 13
+
+                    def meant(batch: dict[str, torch.Tensor]) -> bool:
+                        return bool((batch["factor"] == 13).any())
+
+                    with pytest.raises(BrokenError if rank == culprit else RuntimeError) as raised:
+                        run.train_step(good[0][0], fo, failing_at(place, meant, loss))
+                    assert rank == culprit or f"a forward failed on rank {culprit}" in str(raised.value)
+                    assert run.digest() == before
+            run.train_step(*good[1], loss)
+            digests.append(run.digest())
+    assert digests[0] == digests[1]
+
+
+PREFETCHING = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 3000}
+
+
+@pytest.mark.parametrize(
+    ("world", "cell"),
+    [
+        *((2, {"engine": engine, "fo_micro_batch": size}) for engine in ENGINES for size in (2, 1)),
+        *((2, {"engine": engine, "name": "mixtral"}) for engine in ("fsdp", "zero3", "zero3-evicting")),
+        *((2, {"engine": engine, "calls": 2}) for engine in ("fsdp", "zero3", "zero3-evicting")),
+        (2, {"engine": "zero3", "zero": PREFETCHING}),
+        (2, {"engine": "zero3", "name": "llama-untied", "zero": PREFETCHING, "calls": 2}),
+        *((4, {"engine": engine, "fo_micro_batch": 1}) for engine in ("hsdp", "zero3-hpz")),
+    ],
+    indirect=["world"],
+    ids=str,
+)
+def test_a_host_that_fails_on_one_rank_fails_the_step_on_all(world: World, cell: dict):
+    world.run(the_host_fails_on_one_rank, **{"name": MODEL, "fo_micro_batch": 2, "calls": 1, **cell})
 
 
 def loss_with_a_broken_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
