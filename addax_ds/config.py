@@ -7,8 +7,10 @@ fine-tuning run needs and is what a YAML file describes. Names are the paper's w
 import dataclasses
 import difflib
 import math
+import re
+import string
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, ValidationError
@@ -17,11 +19,22 @@ from pydantic.dataclasses import dataclass
 from addax_ds.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid")
+_LONGEST_WAIT = 1e6  # minutes, two years; clocks of collectives overflow at some more
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)  # PyYAML passes on some of them
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML and JSON know lists alone."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+_Item = TypeVar("_Item")
+_Tuple = Annotated[tuple[_Item, ...] | None, BeforeValidator(_as_tuple)]
 
 
 def _text_keys(labels: Any) -> Any:
@@ -43,7 +56,9 @@ class AddaxConfig:
     eps: float = 1e-3
     """Perturbation scale of the two-sided difference, above 0."""
     queries: int = 1
-    """Directions per step (Q of n-SPSA), averaged."""
+    """Directions that each zeroth-order sample is measured along (Q of n-SPSA), averaged."""
+    directions: Literal["shared", "per-micro-batch"] = "shared"
+    """Whether all zeroth-order micro-batches of a step have the same directions, or each its own."""
     weight_decay: float = 0.0
     """Decoupled weight decay, as a multiple of lr."""
     distribution: Literal["normal", "rademacher"] = "normal"
@@ -51,6 +66,11 @@ class AddaxConfig:
     perturb: Literal["gathered", "shard", "auto"] = "gathered"
     """Where the noise is added: to gathered weights, which one gather serves; to each rank's shard on
     the way into a gather for every point, which draws less; or whichever a trial finds to cost less."""
+    atomic: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Paths of modules whose forward reads weights of modules within it, * stands for any text: zeroth-order
+    forwards hold those weights together. Torch's own such modules need not be named."""
+    max_loss: float = math.inf
+    """A step with a mean loss above this writes nothing on any rank, like one with a loss that is not finite."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How an update is rounded to bfloat16 weights; float32 weights need none."""
     seed: int = 0
@@ -67,12 +87,18 @@ class AddaxConfig:
         _require(0 <= self.lr < math.inf, f"lr is {self.lr}: it must be 0 or more, and finite")
         _require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: it must lie in [0, 1]")
         _require(0 < self.eps < math.inf, f"eps is {self.eps}: it must be above 0, and finite")
+        _require(self.max_loss > 0, f"max_loss is {self.max_loss}: it must be above 0")
         _require(self.queries >= 1, f"queries is {self.queries}: it must be 1 or more")
         _require(
             0 <= self.weight_decay < math.inf,
             f"weight_decay is {self.weight_decay}: it must be 0 or more, and finite",
         )
         _require(0 <= self.seed < 2**53, f"seed is {self.seed}: it must lie in [0, 2**53)")
+        _require(
+            self.directions == "shared" or self.perturb != "shard",
+            "perturb: shard gathers for each direction anew, and here each micro-batch has its own: "
+            "set perturb: gathered, or directions: shared",
+        )
         _require(self.zo_micro_batch >= 1, f"zo_micro_batch is {self.zo_micro_batch}: it must be 1 or more")
         _require(self.fo_micro_batch >= 1, f"fo_micro_batch is {self.fo_micro_batch}: it must be 1 or more")
 
@@ -103,6 +129,102 @@ class TaskConfig:
         else:
             _require(not (self.label or self.labels), "a task has either labels or completion: remove one of them")
         _require(self.max_new_tokens >= 1, "task.max_new_tokens must be 1 or more")
+        try:
+            specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(self.prompt)]
+        except ValueError:
+            specs = []  # no template, which is told with the data
+        # Each record would be padded to gigabytes.
+        _require(not re.search(r"\d{5}", " ".join(specs)), "task.prompt pads a field to 10,000 characters or more")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TensorTrainConfig:
+    """Tensor-train adapters (AdaZeta, Yang et al., EMNLP 2024), after attention and feed-forward of every block."""
+
+    kind: Literal["tensor-train"] = "tensor-train"
+    bottleneck: int = 64
+    """Width between the two layers of an adapter."""
+    rank: int = 5
+    """Rank of every bond between cores."""
+    hidden_modes: _Tuple[int] = None
+    """Modes that multiply to the hidden size; without them balanced factors of it."""
+    bottleneck_modes: _Tuple[int] = None
+    """Modes that multiply to the bottleneck, the same way."""
+    groups: Literal[2, 3, 4] = 2
+    """Chains into which the cores of a layer are contracted apart from each other."""
+    activation: Literal["gelu", "relu", "none"] = "gelu"
+    """Between the two layers; with none an adapter is linear, and can be merged."""
+    bias: bool = True
+    """Whether both layers have one."""
+    modules: _Tuple[str] = None
+    """Paths of the projections that adapters follow, * stands for any text; without them the last ones of
+    attention and of the feed-forward part of every block, for models whose names are known."""
+
+    def __post_init__(self) -> None:
+        for name in ("bottleneck", "rank"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+        _require(self.modules != (), "modules is empty: name projections, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2022), through peft."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = 8
+    alpha: int = 16
+    """The product of both matrices is multiplied by alpha / rank."""
+    modules: _Tuple[str] = None
+    """Names of the modules that have them; peft's for the model (queries and values) without any."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PrefixConfig:
+    """Trainable keys and values before the prompt (Li & Liang, 2021), through peft."""
+
+    kind: Literal["prefix"] = "prefix"
+    tokens: int = 5
+    """Positions of the prefix; they begin as those of the words that a tokenizer knows first."""
+
+    def __post_init__(self) -> None:
+        _require(self.tokens >= 1, f"tokens is {self.tokens}: it must be 1 or more")
+
+
+AdapterConfig: TypeAlias = TensorTrainConfig | LoraConfig | PrefixConfig
+_ADAPTERS: dict[str, type] = {"tensor-train": TensorTrainConfig, "lora": LoraConfig, "prefix": PrefixConfig}
+
+
+def build_adapter(values: dict[str, Any], where: str) -> AdapterConfig:
+    """The adapters that a mapping describes, told apart by its kind."""
+    kind = values.get("kind")
+    if kind not in _ADAPTERS:
+        raise UserError(f"{where}: kind is {kind}: give one of {', '.join(_ADAPTERS)}")
+    return build(_ADAPTERS[kind], values, where)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class QuerySchedule:
+    """Directions that grow with the epoch (AdaZeta, Yang et al., 2024, equation 7): min(alpha e^beta, maximum).
+
+    Rounded down, at least 1; e counts epochs of the zeroth-order pool from 0.
+    """
+
+    alpha: float = 0.85
+    beta: float = 0.45
+    maximum: int = 20
+
+    def __post_init__(self) -> None:
+        _require(0 < self.alpha < math.inf, f"alpha is {self.alpha}: it must be above 0, and finite")
+        _require(0 <= self.beta <= 10, f"beta is {self.beta}: it must lie in [0, 10]")
+        _require(self.maximum >= 1, f"maximum is {self.maximum}: it must be 1 or more")
+
+    def queries(self, epoch: int) -> int:
+        """Directions of a step in this epoch."""
+        return max(int(min(self.alpha * epoch**self.beta, self.maximum)), 1)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -111,6 +233,10 @@ class RunConfig(AddaxConfig):
 
     model: str = "smollm2-135m"
     """Embedded model by name, local folder, or hub id."""
+    adapter: AdapterConfig | None = None
+    """What is trained in place of the model's weights, which then stay as they are."""
+    adapter_weights: str | None = None
+    """Folder of adapters to begin with, as a run writes it; without it they are new."""
     data: str = "movies"
     """Embedded data by name, local .jsonl or .csv file, or a dataset id of the hub."""
     eval_data: str | None = None
@@ -121,6 +247,8 @@ class RunConfig(AddaxConfig):
     """Training samples drawn from the data; null takes all."""
     eval_samples: int = 500
     """Held-out samples."""
+    query_schedule: QuerySchedule | None = None
+    """How `queries` grows from epoch to epoch; without it stays what it is."""
     k0: int = 6
     """Global zeroth-order batch size K^0."""
     k1: int = 4
@@ -161,7 +289,12 @@ class RunConfig(AddaxConfig):
     max_skipped: int = 10
     """Steps in a row with losses or gradients that are not finite, after which the run stops."""
     timeout_minutes: float = 10.0
-    """How long ranks wait for one that does not answer before the run ends. Longer than the longest step."""
+    """How long ranks wait for one that does not answer before the run ends. Longer than the longest step or save."""
+
+    @property
+    def zo_sizes(self) -> tuple[int, ...]:
+        """Samples of each zeroth-order micro-batch of a step."""
+        return tuple(min(self.zo_micro_batch, self.k0 - first) for first in range(0, self.k0, self.zo_micro_batch))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,12 +303,22 @@ class RunConfig(AddaxConfig):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
         for name in ("warmup_steps", "eval_every", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
-        _require(0 < self.timeout_minutes < math.inf, "timeout_minutes must be above 0, and finite")
+        for name in ("model", "adapter_weights", "data", "eval_data", "ds_config", "output"):
+            _require("\0" not in (getattr(self, name) or ""), f"{name} holds a NUL character: remove it")
+        _require(
+            0 < self.timeout_minutes <= _LONGEST_WAIT,
+            f"timeout_minutes is {self.timeout_minutes}: it must be above 0, and at most {_LONGEST_WAIT:g}",
+        )
         _require(self.train_samples is None or self.train_samples >= 1, "train_samples must be 1 or more, or null")
         _require(isinstance(self.lt, str) or self.lt >= 1, f"lt is {self.lt}: give tokens, auto or none")
         _require(
             (self.engine == "deepspeed") == (self.ds_config is not None),
             "engine: deepspeed and ds_config go together: set both, for example ds_config=ds_configs/zero3.json",
+        )
+        _require(self.query_schedule is None or self.queries == 1, "query_schedule and queries: set one of them")
+        _require(
+            self.adapter_weights is None or self.adapter is not None,
+            "adapter_weights without adapter: say of what kind they are, for example adapter.kind=lora",
         )
         _require(self.replicas == 1 or self.engine == "fsdp", "replicas above 1 needs engine: fsdp")
 
@@ -192,8 +335,11 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
     for key in values:
         if key not in known:
             raise UserError(f"{where}: unknown key {key}{nearest(str(key), known)}")
-    if isinstance(values.get("task"), dict):
-        values = {**values, "task": build(TaskConfig, values["task"], f"{where}: task")}
+    if isinstance(values.get("adapter"), dict):
+        values = {**values, "adapter": build_adapter(values["adapter"], f"{where}: adapter")}
+    for name, group in (("task", TaskConfig), ("query_schedule", QuerySchedule)):
+        if isinstance(values.get(name), dict):
+            values = {**values, name: build(group, values[name], f"{where}: {name}")}
     try:
         return cls(**values)
     except ValidationError as error:
@@ -221,7 +367,7 @@ def load_run(path: str | None, overrides: list[str]) -> RunConfig:
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}: give the path of a run file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except _NOT_YAML as error:
             raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(loaded, dict | None):
             raise UserError(f"{path}: a run file is a mapping of settings")
@@ -232,7 +378,7 @@ def load_run(path: str | None, overrides: list[str]) -> RunConfig:
             raise UserError(f"{override}: overrides are written key=value")
         try:
             value = parse_value(text)
-        except yaml.YAMLError:
+        except _NOT_YAML:
             raise UserError(f"{override}: the value is not YAML: quote it, as in {key}='\"...\"'") from None
         outer, dot, inner = key.partition(".")
         if dot:

@@ -7,7 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from addax_ds.adapters import through_peft
+from addax_ds.adapters.files import backbone, write_adapters
+from addax_ds.config import RunConfig, TensorTrainConfig
 from addax_ds.core.skeleton import Absent, link_buffers
+from addax_ds.digest import digest_over
 from addax_ds.engines.base import Engine
 from addax_ds.training.agreement import from_main
 
@@ -33,6 +37,24 @@ def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         skeleton.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # of this run too, ended before its summary was written
+        os.replace(unfinished, folder)
+
+    from_main(engine, write)
+
+
+def export_adapter(engine: Engine, config: RunConfig, folder: Path) -> None:
+    """Write the run's adapters alone to `folder`, whole or not at all (a collective)."""
+    weights = {name: engine.whole(name).cpu() for name in engine.names if engine.trainable(name)}
+    digest = digest_over(engine, list(backbone(engine.skeleton, engine.shards())))
+
+    def write() -> None:
+        unfinished = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(config.adapter, TensorTrainConfig):
+            write_adapters(unfinished, config.adapter, weights, config.model, digest)
+        else:
+            through_peft.write(unfinished, engine.skeleton, weights, config.model)
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
 
     from_main(engine, write)

@@ -4,6 +4,10 @@ import dataclasses
 import inspect
 import json
 import logging
+import os.path
+import pickle
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from addax_ds.adapters.choose import adapt
 from addax_ds.config import AddaxConfig, RunConfig
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
 from addax_ds.engines.cpu_op import build_cpu_op
@@ -37,7 +42,7 @@ def locate_model(model: str) -> str:
     """The folder or hub id behind `model`; embedded models are fetched on first use."""
     if model in EMBEDDED_MODELS:
         return str(prepare_model(model))
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # False for a name that no file can have, too
         return model
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(
@@ -51,7 +56,11 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     tokenizer = _from_pretrained(AutoTokenizer, location)
     if tokenizer.pad_token_id is None:
         # Padding is masked out everywhere, so any token serves.
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    try:
+        tokenizer("a word")
+    except Exception as error:  # of settings that are looked at with the first text alone
+        raise _odd(location, error) from None
     return tokenizer
 
 
@@ -62,9 +71,13 @@ def context_length(location: str) -> int:
 
 
 def load_model(location: str, config: RunConfig) -> nn.Module:
-    """The model in the run's dtype, on the CPU."""
+    """The model in the run's dtype, on the CPU, with the run's adapters."""
     transformers_logging.disable_progress_bar()  # one bar a rank would garble the terminal
     dtype = getattr(torch, config.dtype)
+    _check_stays_inside(location)
+    for attention in _attentions(_from_pretrained(AutoConfig, location)):
+        if "/" in attention:  # a kernel of the hub: code that is downloaded and run
+            raise UserError(f"model {location}: its config.json has attention from {attention}: remove that setting")
     model, loaded = _from_pretrained(AutoModelForCausalLM, location, dtype=dtype, output_loading_info=True)
     if loaded["missing_keys"]:
         # They would be random numbers, with a warning that scrolls by.
@@ -75,7 +88,31 @@ def load_model(location: str, config: RunConfig) -> nn.Module:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} cannot checkpoint activations: set activation_checkpointing=false")
         checkpoint_activations(model)
+    if config.adapter is not None:
+        return adapt(model, config.adapter, config.adapter_weights, config.seed)
     return model
+
+
+def _check_stays_inside(location: str) -> None:
+    """Raises `UserError` where an index of weights, or adapters, lead out of the model's folder."""
+    if (Path(location) / "adapter_config.json").exists():
+        raise UserError(f"model {location} holds adapters: give their backbone, and the folder as adapter_weights")
+    for index in sorted(Path(location).glob("*.index.json")):
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            leading_out = sorted(name for name in names if Path(name).is_absolute() or ".." in Path(name).parts)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"model {location}: {index.name} is damaged: restore it") from None
+        if leading_out:
+            raise UserError(f"model {location}: {index.name} leads out of the folder, to {leading_out[0]}: mend it")
+
+
+def _attentions(config: Any) -> Iterator[str]:
+    """The implementations of attention that a model's configuration and its parts ask for."""
+    yield str(config._attn_implementation)
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _attentions(part)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -88,15 +125,34 @@ def checkpoint_activations(model: Any) -> None:
 
 def _from_pretrained(kind: Any, location: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(location, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of another shape
-        first_line = str(error).strip().splitlines()[0]
+        # Code that comes with a model is never run, and nobody is asked whether it may.
+        return kind.from_pretrained(location, trust_remote_code=False, **options)
+    except (pickle.UnpicklingError, EOFError):
+        raise UserError(
+            f"model {location} cannot be loaded: its weights are a pickle that is damaged or holds more than tensors, "
+            "which is never read: give safetensors"
+        ) from None
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {location} cannot be loaded: {first_line}") from None
+    except Exception as error:  # the libraries take what stands in a model's JSON files on trust
+        raise _odd(location, error) from None
+
+
+def _odd(location: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder='...')}"
+    return UserError(
+        f"model {location} cannot be loaded, one of its JSON files is odd or damaged ({reason}): restore it"
+    )
 
 
 def accepted(model: nn.Module) -> frozenset[str]:
     """Names of the inputs that the model's forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters)
+    if not hasattr(model, "get_base_model"):
+        return frozenset(inspect.signature(model.forward).parameters)
+    # peft's forward takes anything, and counts positions itself behind a prefix.
+    names = frozenset(inspect.signature(model.get_base_model().forward).parameters)  # type: ignore[operator]
+    return names - {"position_ids"} if hasattr(model, "prompt_encoder") else names
 
 
 def read_ds_config(config: RunConfig) -> dict[str, Any]:
@@ -106,7 +162,7 @@ def read_ds_config(config: RunConfig) -> dict[str, Any]:
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"ds_config {path}: {error.strerror}: give the path of a DeepSpeed configuration") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"ds_config {path}: not JSON: {error}") from None
     if not isinstance(ds_config, dict):
         raise UserError(f"ds_config {path}: a DeepSpeed configuration is an object in braces")

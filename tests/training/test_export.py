@@ -1,10 +1,11 @@
 """The exported model is whole or not there, from every engine."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import addax_ds
 from addax_ds.digest import weights_digest
@@ -38,3 +39,41 @@ def test_weights_gathered_from_two_ranks_are_the_ones_of_the_digest(tiny, tmp_pa
     assert not any(info.values()), info
     assert weights_digest(addax_ds.Addax(model).engine) == summary["final_digest"]
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def no_large_files() -> None:
+    """A disk with room for what a run writes of its steps, and none for weights."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def a_fault_of_ours() -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("of ours")
+
+    PreTrainedModel.save_pretrained = fail
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_is_one_line_on_every_rank(tiny, tmp_path, ranks):
+    settings = ["output=out", "timeout_minutes=1"]
+    result = run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=ranks, before=no_large_files, seconds=50)
+    assert result.statuses == [2] * ranks
+    for error in result.errors:
+        assert "Traceback" not in error and "addax-ds: the run folder cannot be written" in error
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_disk_without_room_for_the_report_still_shows_the_results_and_how_to_draw_it(tiny, tmp_path):
+    settings = ["output=out", "save=false"]
+    result = run("train", tiny.run_file, *settings, cwd=tmp_path, plots=True, before=no_large_files)
+    assert result.status == 2 and "Traceback" not in result.error
+    assert "File too large: the run itself is complete: mend that and draw its report with" in result.error
+    assert "accuracy after" in result.output
+    run("report", "out", cwd=tmp_path, plots=True).check()
+
+
+def test_a_fault_of_ours_on_rank_0_leaves_no_rank_waiting(tiny, tmp_path):
+    settings = ["output=out", "timeout_minutes=1"]
+    result = run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=2, before=a_fault_of_ours, seconds=50)
+    assert result.statuses == [1, 2]
+    assert "KeyError: 'of ours'" in result.error and "rank 0 has failed, and says why" in result.errors[1]

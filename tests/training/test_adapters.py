@@ -1,0 +1,94 @@
+"""Runs that train adapters: written alone, scored again, resumed, repeated from the journal."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from addax_ds.adapters.files import WEIGHTS, load_adapters
+from addax_ds.training.metrics import read_json
+from tests.cli.commands import run
+from tests.training.dying import Death
+
+KINDS = {
+    "lora": ["adapter.kind=lora", "adapter.rank=4"],
+    "prefix": ["adapter.kind=prefix", "adapter.tokens=3"],
+    "tensor-train": ["adapter.kind=tensor-train", "adapter.bottleneck=8", "adapter.rank=2"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_trained_written_and_scored_again(tiny, tmp_path, kind):
+    lr = {"lora": 0.05, "prefix": 2, "tensor-train": 0.05}[kind]
+    words = ["train", tiny.run_file, *KINDS[kind], "output=out", "steps=60", f"lr={lr}", "alpha=1e-4"]
+    run(*words, cwd=tmp_path).check()
+    summary = read_json(tmp_path / "out" / "summary.json")
+    assert summary["trained"] == kind
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
+    assert not (tmp_path / "out" / "model").exists()
+    weights = load_file(tmp_path / "out" / "adapter" / WEIGHTS)
+    assert summary["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    again = run("eval", "out", cwd=tmp_path).check()
+    assert json.loads(again.output.splitlines()[-1])["accuracy"] == summary["accuracy_after"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_peft_loads_what_a_run_has_written(tiny, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    run("train", tiny.run_file, *KINDS[kind], "output=out", cwd=tmp_path).check()
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "out" / "adapter"))
+    assert any(parameter.abs().sum() > 0 for name, parameter in wrapped.named_parameters() if "default" in name)
+    assert wrapped(input_ids=torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_the_engines_write_the_same_adapters(tiny, tmp_path):
+    words = ["train", tiny.run_file, *KINDS["tensor-train"], "alpha=1", "queries=2"]
+    for name, settings in (("one", []), ("fsdp", ["engine=fsdp"])):
+        run(*words, *settings, f"output={name}", cwd=tmp_path, ranks=1 if name == "one" else 2).check()
+    one, fsdp = (load_file(tmp_path / name / "adapter" / WEIGHTS) for name in ("one", "fsdp"))
+    assert one.keys() == fsdp.keys() and all(torch.equal(one[name], fsdp[name]) for name in one)
+    load_adapters(AutoModelForCausalLM.from_pretrained(tiny.model), tmp_path / "fsdp" / "adapter")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_of_adapters_goes_on_and_can_be_repeated(tiny, tmp_path, kind):
+    words = ["train", tiny.run_file, *KINDS[kind], "alpha=1", "steps=8", "checkpoint_every=2"]
+    if kind == "tensor-train":  # AdaZeta: two steps an epoch
+        words += ["query_schedule.alpha=2", "query_schedule.beta=0.5", "k0=40", "zo_micro_batch=20"]
+    run(*words, "output=whole", cwd=tmp_path).check()
+    run(*words, "output=killed", cwd=tmp_path, before=Death("journal", 0, 5))
+    assert "going on after step" in run(*words, "output=killed", cwd=tmp_path).check().output
+    digests = {read_json(tmp_path / name / "summary.json")["final_digest"] for name in ("whole", "killed")}
+    assert len(digests) == 1
+    replayed = run("replay", "whole", "--start", "0", "--output", "again", cwd=tmp_path).check()
+    assert "that of the run" in replayed.output
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("whole/adapter", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["adapter.kind=lra"], "adapter: kind is lra: give one of tensor-train, lora, prefix"),
+        (["adapter.rank=4"], "adapter: kind is None: give one of"),
+        (["adapter.kind=lora", "adapter.rnk=4"], "adapter: unknown key rnk, did you mean rank?"),
+        (["adapter.kind=lora", "adapter.rank=0"], "adapter: rank is 0: it must be 1 or more"),
+        (["adapter.kind=lora", "adapter.modules=[nothing]"], "adapter: Target modules {'nothing'} not found"),
+        (
+            ["adapter.kind=tensor-train", "adapter.modules=['*.o_prj']"],
+            "matches no projection of the model, did you mean",
+        ),
+        (["adapter.kind=tensor-train", "adapter.hidden_modes=[5,5]"], "modes [5, 5] multiply to 25, and the layer has"),
+        (["adapter.kind=tensor-train", "adapter.groups=5"], "groups is 5"),
+        (["adapter.kind=prefix", "adapter.tokens=0"], "adapter: tokens is 0"),
+        (["adapter_weights=x"], "adapter_weights without adapter"),
+        (["adapter.kind=lora", "adapter_weights=x"], "adapter_config.json: No such file or directory"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tiny, tmp_path, settings, words):
+    ended = run("train", tiny.run_file, *settings, "output=out", cwd=tmp_path)
+    assert ended.status == 2, ended.error
+    assert words in ended.error and ended.error.strip().count("\n") == 0
