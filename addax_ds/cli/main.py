@@ -55,9 +55,8 @@ def train(settings: Settings = None, local_rank: LocalRank = None) -> None:
 
         from addax_ds.training.report import summary_table, write_report
 
-        report = write_report(Path(summary["folder"]))
         Console().print(summary_table(summary))
-        print(f"report: {report}")
+        print(f"report: {write_report(Path(summary['folder']))}")
 
 
 @app.command("eval")
@@ -68,9 +67,10 @@ def evaluate(settings: Settings = None, local_rank: LocalRank = None) -> None:
     settings = list(settings or [])
     if settings and "=" not in settings[0] and Path(settings[0]).is_dir():
         folder = Path(settings[0])
-        settings = [str(folder / "config.yaml"), f"model={folder / 'model'}", *settings[1:]]
+        trained = "adapter_weights" if (folder / "adapter").is_dir() else "model"
+        settings = [str(folder / "config.yaml"), f"{trained}={folder / trained.partition('_')[0]}", *settings[1:]]
         # Else a relative folder that is not there would be taken for a hub id.
-        own = not any(setting.startswith("model=") for setting in settings[2:])
+        own = trained == "model" and not any(setting.startswith("model=") for setting in settings[2:])
         if own and Path(settings[0]).exists() and not (folder / "model").is_dir():
             raise UserError(f"{folder / 'model'}: no model in the run folder: give model=..., or train with save=true")
     config = _load(settings)
@@ -143,7 +143,11 @@ def main() -> None:
     except RankLostError as lost:
         print(f"addax-ds: {lost}", file=sys.stderr)
         sys.exit(1)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise  # not of a file, so nobody's input
+            error = UserError(f"{error.filename}: {error.strerror}: mend that or choose another path")
         # One voice a node is enough: where all ranks meet the fault, the launcher ends the others
         # as soon as the first has left, and where only another rank does, it speaks after the wait.
         if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) != "0":

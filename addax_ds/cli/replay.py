@@ -10,8 +10,10 @@ from addax_ds.training.replay import replay as rebuild
 
 def replay(folder: Path, start: int | None, stop: int | None, output: Path | None) -> None:
     """Print what agrees and, of a zeroth-order run, what was rebuilt from how many bytes."""
-    agreed = audit(folder)
+    agreed, absent = audit(folder)
     print("agree: " + ", ".join(f"{count} of {item}" for item, count in agreed.items()))
+    if absent:
+        print(f"not there to compare with: {', '.join(absent)}")
     wanted = (start, stop, output) != (None, None, None)
     if load_run(str(folder / CONFIG), []).alpha < 1 and not wanted:
         print("first-order gradients are not in the journal, so this run can be audited, not rebuilt")

@@ -9,6 +9,7 @@ A data setting is one of
 
 import csv
 import json
+import os.path
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,24 @@ def _read_dataset(data: str) -> list[Record]:
     split = parts[-1] if parts else "train"
     config = parts[0] if len(parts) == 2 else None
     try:
+        if path.is_dir():
+            path = path.resolve()
+            _check_stays_inside(path, datasets.load_dataset_builder(str(path), config).config.data_files)
         return list(datasets.load_dataset(str(path) if path.is_dir() else name, config, split=split))
+    except UserError:
+        raise
     except Exception as error:  # the library, the hub client and the HTTP stack share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
         known = ", ".join(EMBEDDED_DATA)
         raise UserError(
             f"{data}: no embedded data ({known}), no local path, no dataset that could be loaded: {reason}"
         ) from None
+
+
+def _check_stays_inside(folder: Path, data_files: dict[str, list[str]] | None) -> None:
+    """Raises `UserError` where the metadata of a dataset folder leads out of it."""
+    for file in (file for files in (data_files or {}).values() for file in files):
+        if not Path(os.path.normpath(file)).is_relative_to(folder):
+            raise UserError(
+                f"{folder}: the data_files of its metadata lead out of the folder, to {file}: mend README.md"
+            )

@@ -84,7 +84,7 @@ def _fill(records: Sequence[dict[str, Any]], task: TaskConfig) -> list[str]:
         try:
             prompt = task.prompt.format_map(record)
             prompt.encode()  # half an emoji (a lone surrogate) is valid JSON, but no text for a tokenizer
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, MemoryError, OverflowError) as error:
             raise UserError(f"{_name(number, records)}: task.prompt cannot be filled in: {error}") from None
         if not prompt.strip():
             raise UserError(f"{_name(number, records)}: the prompt is empty: drop the record")

@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -31,9 +32,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from addax_ds.core.shard import Shard
-from addax_ds.digest import weights_digest
+from addax_ds.digest import digest_of, weights_digest
 from addax_ds.engines.base import Engine
-from addax_ds.errors import UserError
+from addax_ds.errors import UserError, is_of_another_rank
 from addax_ds.training.agreement import agree, from_main
 from addax_ds.training.metrics import sync_folder, write_json, write_whole
 
@@ -101,6 +102,10 @@ class FlatRange(torch.Tensor):
         return self._shard.local
 
 
+class UnusableError(UserError):
+    """A checkpoint that is damaged, or of something else: whoever reads it again will find the same."""
+
+
 class _Writing:
     """Work in a thread of its own, which does not keep the process alive where a rank is lost meanwhile."""
 
@@ -125,14 +130,15 @@ class _Writing:
 class Checkpoints:
     """The checkpoints of one run, in one folder that every rank sees. All methods are collectives.
 
-    keep: how many of the newest remain.
+    keep: how many of the newest remain. timeout: how long a rank waits for another in a save or a load;
+    torch's 30 minutes where it is not given.
     """
 
-    def __init__(self, folder: Path, engine: Engine, keep: int) -> None:
+    def __init__(self, folder: Path, engine: Engine, keep: int, timeout: timedelta | None = None) -> None:
         self.folder, self._engine, self._keep = folder, engine, keep
         self._writing: _Writing | None = None
         # The thread's collectives run beside those of the next step.
-        self._group = dist.new_group(backend="gloo") if engine.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if engine.world_size > 1 else None
 
     def tidy(self) -> None:
         """Make the folder, and remove what an earlier process of the run has left unfinished in it.
@@ -150,9 +156,10 @@ class Checkpoints:
 
     # -- saving ---------------------------------------------------------------------------------
 
-    def save(self, step: int, run: dict[str, Any]) -> str | None:
+    def save(self, step: int, run: dict[str, Any], prune: bool = True) -> str | None:
         """Copy this rank's shards and write them in the background, with `run` of rank 0 beside them (JSON).
 
+        prune: remove all but the newest `keep` once it is complete.
         Returns the digest of the weights, when the copies are made and weights may be written again;
         None, and saves nothing, where a weight is not finite. Raises what the previous save has met.
         """
@@ -164,15 +171,11 @@ class Checkpoints:
             local = shard.local.detach() if mine else shard.local[:0]
             copy = torch.empty(local.shape, dtype=local.dtype).copy_(local)
             staged[shard.name] = Shard(shard.name, shard.numel, shard.start, copy)
-        if not self._all_finite(staged.values()):
+        if not_finite(self._engine, staged.values()):
             return None
         digest = weights_digest(self._engine)
-        self._writing = _Writing(lambda: self._write(step, staged, digest, run))
+        self._writing = _Writing(lambda: self._write(step, staged, digest, run, prune))
         return digest
-
-    def _all_finite(self, shards: Iterable[Shard]) -> bool:
-        spoilt = not all(bool(shard.local.isfinite().all()) for shard in shards)
-        return not self._engine.sum(torch.tensor([float(spoilt)], dtype=torch.float64)).item()
 
     def wait(self) -> None:
         """Return when the save under way is complete; raises `UserError` on every rank where one failed."""
@@ -191,7 +194,7 @@ class Checkpoints:
             "mend that and start the same command again, which goes on from the checkpoint before",
         )
 
-    def _write(self, step: int, staged: dict[str, Shard], digest: str, run: dict[str, Any]) -> None:
+    def _write(self, step: int, staged: dict[str, Shard], digest: str, run: dict[str, Any], prune: bool) -> None:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         state: dict[str, Any] = {name: FlatRange(shard) for name, shard in staged.items()}
@@ -207,18 +210,23 @@ class Checkpoints:
         sync_folder(partial)
         os.replace(partial, final)
         sync_folder(self.folder)
-        write_whole(self.folder / LATEST, f"{final.name}\n")
-        for old in complete(self.folder)[self._keep :]:
+        self._name_latest()
+        for old in complete(self.folder)[self._keep :] if prune else []:
             _remove(old)
+
+    def _name_latest(self) -> None:
+        newest, *_ = complete(self.folder)
+        write_whole(self.folder / LATEST, f"{newest.name}\n".encode())
 
     # -- loading --------------------------------------------------------------------------------
 
     def load_newest(self, check: Callable[[Manifest], None] = lambda _: None) -> tuple[Manifest | None, list[str]]:
         """Load the newest checkpoint that is whole; its manifest, and what is wrong with newer ones.
 
-        check: raises `UserError` for one that cannot be used; the same on every rank. Newer ones are
+        check: raises `UnusableError` for one that cannot be used; the same on every rank. Newer ones are
         set aside as step-....damaged, so that what the run saves from here on is the newest again.
-        None without any checkpoint. Raises `UserError` where there are some and none can be loaded.
+        None without any checkpoint. Raises `UserError` where there are some and none can be loaded, and
+        where one cannot be read now but may be another time.
         """
         found = from_main(self._engine, lambda: [str(path) for path in complete(self.folder)])
         complaints: list[str] = []
@@ -226,38 +234,93 @@ class Checkpoints:
             try:
                 manifest = self.load(path)
                 check(manifest)
-            except UserError as error:
+            except UnusableError as error:
                 complaints.append(str(error))
                 continue
-            from_main(self._engine, lambda: _set_aside(found[: len(complaints)]))
+            from_main(self._engine, lambda: self._set_aside(found[: len(complaints)]))
             return manifest, complaints
         if complaints:
             raise UserError(f"{complaints[0]}, and no older one can be used: remove {self.folder} to start again")
         return None, []
 
+    def _set_aside(self, paths: list[str]) -> None:
+        """Keep checkpoints that cannot be used for people to look at, in place of earlier such ones."""
+        for path in map(Path, paths):
+            aside = path.with_suffix(".damaged")
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            os.replace(path, aside)
+        self._name_latest()  # also where none is set aside: a process may have ended just before this
+
     def load(self, path: Path) -> Manifest:
         """Load a checkpoint into the engine's weights and return its manifest.
 
-        Raises `UserError` where it is damaged or of another model; weights are undefined then.
+        Raises `UnusableError` where it is damaged or of another model, and `UserError` where the system
+        does not give its files out; weights are undefined then.
         """
         engine = self._engine
-        manifest = from_main(engine, lambda: _checked(path))
+        manifest, unusable = from_main(engine, lambda: _checked(path))
+        if unusable:
+            raise UnusableError(unusable)
         shards = list(engine.shards())
         _check_model(manifest.parameters, shards, path)
-        state: dict[str, Any] = {shard.name: FlatRange(shard) for shard in shards}
-        error = ""
+        unread = damage = ""
         try:
-            reader = HuggingFaceStorageReader(str(path))
-            dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
-        except (Exception, CheckpointException) as failure:  # a damaged file can fail anywhere in its readers
-            error = f"checkpoint {path} is damaged: {cause_of(failure)}: load another"
-        agree(engine, error)
+            _read(path, shards, self._group)
+        except UnusableError as error:
+            damage = str(error)
+        except UserError as error:
+            unread = str(error)
+        agree(engine, unread)
+        agree(engine, damage, UnusableError)
         engine.after_step(True)
         if weights_digest(engine) != manifest.digest:
-            raise UserError(f"checkpoint {path} is damaged: its weights have another digest: load another")
-        if not self._all_finite(engine.shards()):
-            raise UserError(f"checkpoint {path} holds weights that are not finite: load another")
+            raise UnusableError(_other_digest(path))
+        if name := not_finite(engine, engine.shards()):
+            raise UnusableError(f"checkpoint {path} holds weights of {name} that are not finite: load another")
         return manifest
+
+
+def not_finite(engine: Engine, shards: Iterable[Shard]) -> str:
+    """The first parameter of which any rank has a weight that is not finite; empty without one (a collective)."""
+    spoilt = {shard.name: float(not shard.local.isfinite().all()) for shard in shards}
+    totals = engine.sum(torch.tensor(list(spoilt.values()), dtype=torch.float64)).tolist()
+    return next((name for name, total in zip(spoilt, totals, strict=True) if total), "")
+
+
+def audited(path: Path) -> Manifest:
+    """The manifest of a checkpoint whose weights have the digest that it says; in one process, without a model.
+
+    Raises `UserError` where they do not.
+    """
+    manifest, unusable = _checked(path)
+    if manifest is None:
+        raise UnusableError(unusable)
+    shards = [
+        Shard(name, int(numel), 0, torch.empty(int(numel), dtype=getattr(torch, str(kind))))
+        for name, (numel, kind) in manifest.parameters.items()
+    ]
+    _read(path, shards, None)
+    if digest_of(shards) != manifest.digest:
+        raise UnusableError(_other_digest(path))
+    return manifest
+
+
+def _read(path: Path, shards: list[Shard], group: dist.ProcessGroup | None) -> None:
+    """Read these shards from a checkpoint's files. Raises `UnusableError` for damage, else `UserError`."""
+    state: dict[str, Any] = {shard.name: FlatRange(shard) for shard in shards}
+    try:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
+    except (Exception, CheckpointException) as failure:  # a damaged file can fail anywhere in its readers
+        if is_of_another_rank(failure):
+            raise
+        if isinstance(_first_of(failure), OSError | MemoryError):
+            raise UserError(_unread(path, failure)) from None
+        raise UnusableError(f"checkpoint {path} is damaged: {cause_of(failure)}: load another") from None
+
+
+def _other_digest(path: Path) -> str:
+    return f"checkpoint {path} is damaged: its weights have another digest: load another"
 
 
 def complete(folder: Path) -> list[Path]:
@@ -274,38 +337,40 @@ def read_manifest(path: Path) -> Manifest:
         if content.pop("sha256") != _sha256(content):
             raise ValueError("it does not match its sha256")
         if content.pop("format") != FORMAT:
-            raise UserError(f"checkpoint {path} is of another format than {FORMAT}: use the version that wrote it")
+            raise UnusableError(f"checkpoint {path} is of another format than {FORMAT}: use the version that wrote it")
         manifest = Manifest(**content)
-    except OSError as error:
-        raise UserError(f"{damaged}: {MANIFEST}: {error.strerror}: load another") from None
-    except UserError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UnusableError(f"{damaged}: {MANIFEST}: {error.strerror}: load another") from None
+    except UnusableError:
         raise
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{damaged}: {MANIFEST}: {first['loc'][0]}: {first['msg'].lower()}: load another") from None
+        raise UnusableError(f"{damaged}: {MANIFEST}: {first['loc'][0]}: {first['msg'].lower()}: load another") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{damaged}: {MANIFEST}: {' '.join(str(error).split())[:200]}: load another") from None
+        raise UnusableError(f"{damaged}: {MANIFEST}: {' '.join(str(error).split())[:200]}: load another") from None
     for name, size in manifest.files.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
-            raise UserError(f"{damaged}: {name} is missing: load another")
+            raise UnusableError(f"{damaged}: {name} is missing: load another")
         if file.stat().st_size != size:
-            raise UserError(f"{damaged}: {name} has {file.stat().st_size:,} bytes, not {size:,}: load another")
+            raise UnusableError(f"{damaged}: {name} has {file.stat().st_size:,} bytes, not {size:,}: load another")
     if extra := {file.name for file in path.glob("*.safetensors")} - manifest.files.keys():
-        raise UserError(f"{damaged}: {min(extra)} does not belong to it: remove that file")
+        raise UnusableError(f"{damaged}: {min(extra)} does not belong to it: remove that file")
     return manifest
 
 
-def _checked(path: Path) -> Manifest:
-    """The manifest, held against what the files themselves say of their tensors."""
-    manifest = read_manifest(path)
+def _checked(path: Path) -> tuple[Manifest | None, str]:
+    """The manifest, held against what the files themselves say of their tensors, or why it is unusable."""
     try:
+        manifest = read_manifest(path)
         check_complete(HuggingFaceStorageReader(str(path)).read_metadata(), manifest.parameters, path)
-    except UserError:
-        raise
+    except (OSError, MemoryError) as error:
+        raise UserError(_unread(path, error)) from None
+    except UserError as error:
+        return None, str(error)
     except Exception as failure:  # a damaged header can fail anywhere in its readers
-        raise UserError(f"checkpoint {path} is damaged: {cause_of(failure)}: load another") from None
-    return manifest
+        return None, f"checkpoint {path} is damaged: {cause_of(failure)}: load another"
+    return manifest, ""
 
 
 def check_complete(stored: Metadata, parameters: dict[str, list[int | str]], path: Path) -> None:
@@ -316,11 +381,21 @@ def check_complete(stored: Metadata, parameters: dict[str, list[int | str]], pat
             raise UserError(f"{path} lacks parts of {name}: put the run folder where every node sees it")
 
 
+def _unread(path: Path, failure: BaseException) -> str:
+    return f"checkpoint {path} cannot be read: {cause_of(failure)}: mend that and start again"
+
+
+def _first_of(failure: BaseException) -> BaseException:
+    """What the first rank that failed has met."""
+    if isinstance(failure, CheckpointException) and failure.failures:
+        return _first_of(min(failure.failures.items())[1][0])
+    return failure
+
+
 def cause_of(failure: BaseException) -> str:
     """What is wrong, in one line, whichever rank has met it."""
     if isinstance(failure, CheckpointException) and failure.failures:
-        rank, (first, _) = min(failure.failures.items())
-        return f"rank {rank}: {cause_of(first)}"
+        return f"rank {min(failure.failures)}: {cause_of(_first_of(failure))}"
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     return " ".join(str(failure).split())[:200] or type(failure).__name__
@@ -331,7 +406,7 @@ def _check_model(parameters: dict[str, list[int | str]], shards: list[Shard], pa
     for name in sorted(mine.keys() | parameters.keys()):
         if mine.get(name) != parameters.get(name):
             there, here = (_described(held.get(name)) for held in (parameters, mine))
-            raise UserError(f"checkpoint {path} is of another model: {name} is {there} there and {here} here")
+            raise UnusableError(f"checkpoint {path} is of another model: {name} is {there} there and {here} here")
 
 
 def _described(parameter: list[int | str] | None) -> str:
@@ -352,12 +427,3 @@ def _remove(path: Path) -> None:
     removed = path.with_suffix(".removed")
     os.replace(path, removed)
     shutil.rmtree(removed)
-
-
-def _set_aside(paths: list[str]) -> None:
-    """Keep checkpoints that cannot be used for people to look at, in place of earlier such ones."""
-    for path in map(Path, paths):
-        aside = path.with_suffix(".damaged")
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        os.replace(path, aside)

@@ -22,6 +22,10 @@ from addax_ds.training.models import Optimizer
 _LANES = 4
 
 
+class EvaluationStoppedError(Exception):
+    """A rank was asked to end in the middle of an evaluation."""
+
+
 def metric_name(examples: Sequence[Example]) -> str:
     """What `evaluate` reports first: accuracy for label words, exact_match for completions."""
     return "accuracy" if examples[0].choices else "exact_match"
@@ -34,10 +38,12 @@ def evaluate(
     config: RunConfig,
     inputs: frozenset[str],
     max_new_tokens: int,
+    asked_to_end: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Scores in [0, 1]: accuracy, or exact_match and f1 (a collective; the same on every rank).
 
     inputs: names that the model's forward takes. max_new_tokens: tokens generated per completion.
+    asked_to_end: looked at now and then; raises `EvaluationStoppedError` on every rank where it is true on any.
     """
     engine = optimizer.engine
     pad_id = tokenizer.pad_token_id
@@ -55,6 +61,8 @@ def evaluate(
     chunks = [order[begin : begin + size] for begin in range(0, len(order), size)]
     scores = torch.zeros(len(examples), 2, dtype=torch.float64)
     for first in range(0, len(chunks), engine.world_size * _LANES):
+        if engine.sum(torch.tensor([float(asked_to_end())])).item():
+            raise EvaluationStoppedError
         # Every rank runs the same number of forwards; the last round is filled up with repeats.
         numbers = [first + engine.rank + lane * engine.world_size for lane in range(_LANES)]
         runs = [run_of([examples[index] for index in chunks[min(n, len(chunks) - 1)]]) for n in numbers]

@@ -42,12 +42,19 @@ _FREE = {
 }
 
 
-def finished(config: RunConfig) -> dict[str, Any] | None:
-    """The summary of a run that was complete when torchrun started its ranks again: nothing is left to do."""
+def finished(config: RunConfig, pools: Partition) -> dict[str, Any] | None:
+    """The summary of a run that was complete when torchrun started its ranks again: nothing is left to do.
+
+    Raises `UserError` where the folder holds a run of other settings.
+    """
     if config.output is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
-    path = Path(config.output) / SUMMARY
-    return {**read_json(path), "folder": config.output} if path.exists() else None
+    folder = Path(config.output)
+    if not (folder / SUMMARY).exists():
+        return None
+    _check_settings(config, pools, folder)
+    summary = read_json(folder / SUMMARY)
+    return {**summary, "folder": config.output} if summary["steps"] == config.steps else None
 
 
 def can_resume(config: RunConfig, pools: Partition) -> bool:
@@ -69,16 +76,21 @@ def can_resume(config: RunConfig, pools: Partition) -> bool:
             if (folder / name).exists():
                 raise UserError(f"output {config.output} holds {name} of another run: choose another folder")
         return False
+    _check_settings(config, pools, folder)
+    return True
+
+
+def _check_settings(config: RunConfig, pools: Partition, folder: Path) -> None:
+    """Raises `UserError` where the run in a folder has other settings than this one."""
     before = dataclasses.asdict(load_run(str(folder / CONFIG), []))
     now = dataclasses.asdict(_resolved(config, pools, folder))
     free = _FREE | ({"steps"} if config.schedule == "constant" else set())
     for name in before:
         if name not in free and before[name] != now[name]:
             raise UserError(
-                f"output {config.output} holds an unfinished run with {name} {before[name]}, and this one has "
+                f"output {config.output} holds a run with {name} {before[name]}, and this one has "
                 f"{now[name]}: go on with {before[name]}, or choose another folder"
             )
-    return True
 
 
 def open_folder(config: RunConfig, pools: Partition, world: World) -> Path:
@@ -119,7 +131,7 @@ def _describe(config: RunConfig, pools: Partition, folder: Path) -> None:
     )
     text = yaml.safe_dump(dataclasses.asdict(_resolved(config, pools, folder)), sort_keys=False, allow_unicode=True)
     comments = "".join(f"# {name} {version}\n" for name, version in versions().items())
-    write_whole(folder / CONFIG, comments + text)
+    write_whole(folder / CONFIG, (comments + text).encode())
 
 
 def _resolved(config: RunConfig, pools: Partition, folder: Path) -> RunConfig:

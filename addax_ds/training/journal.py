@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from addax_ds.errors import UserError
 from addax_ds.training.folder import JOURNAL
 
-FORMAT = 1
+FORMAT = 2
 _DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 _DIGEST = 6  # digits of base 64: 36 bits
 
@@ -114,6 +114,11 @@ class Journal:
         self._file.flush()
 
 
+def is_begun(path: Path) -> bool:
+    """Whether there is a journal with at least one whole line: a run may be killed as it makes it."""
+    return path.exists() and b"\n" in path.read_bytes()
+
+
 def read_journal(path: Path, to_go_on: bool = False) -> Entries:
     """What a journal holds, without a torn last line. Raises `UserError` where it is missing or damaged.
 
@@ -142,6 +147,8 @@ def read_journal(path: Path, to_go_on: bool = False) -> Entries:
                 records.append(_record(body, int(header["train_samples"])))
                 if records[-1].step != len(records):
                     raise ValueError(f"step {records[-1].step} follows step {len(records) - 1}")
+        except UserError:
+            raise
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             damage = f"{path}: line {number} is damaged ({error}): restore the file"
             if header is None or not to_go_on:

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from addax_ds.config import load_run
+from addax_ds.config import RunConfig, load_run
 from addax_ds.core.noise import step_seed
 from addax_ds.core.scalars import projected_gradients
-from addax_ds.data.partition import partition
+from addax_ds.data.partition import Partition, check_pools, partition
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
-from addax_ds.training.checkpoint import Checkpoints, complete, read_manifest
-from addax_ds.training.export import export
+from addax_ds.training.checkpoint import Checkpoints, audited, complete
+from addax_ds.training.export import export, export_adapter
 from addax_ds.training.folder import CHECKPOINTS, CONFIG, JOURNAL, LENGTHS, SUMMARY
 from addax_ds.training.journal import Entries, read_journal
-from addax_ds.training.metrics import read_json, read_metrics
+from addax_ds.training.metrics import METRICS, Lengths, Step, Summary, check_kind, read_json, read_metrics
 from addax_ds.training.models import hyperparameters, load_model, load_tokenizer, locate_model
 from addax_ds.training.run import learning_rate, step_samples
 from addax_ds.training.state import check_header, recorded
@@ -44,7 +44,7 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
 
     start: a checkpoint that is still there, or 0, the model that the run began with; the oldest
     checkpoint where it is not given. stop: the last step of the journal where it is not given.
-    output: where to write the rebuilt model. Raises `UserError` for runs with first-order gradients,
+    output: where to write the rebuilt model, or its adapters. Raises `UserError` for runs with first-order gradients,
     which no scalar tells, for damage, and where the weights differ from those of the run.
     """
     config, entries = load_run(str(folder / CONFIG), []), read_journal(folder / JOURNAL)
@@ -74,7 +74,7 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
     elif weights_digest(optimizer.engine) != entries.header["weights"]:
         raise UserError(f"model {config.model} is not the one that the run began with: restore it")
     repeated = entries.records[start:stop]
-    optimizer.replay([(record.seed, record.g0 or (), record.lr) for record in repeated])
+    optimizer.replay([(record.seed, record.g0 or (), record.lr) for record in repeated], config.zo_sizes)
     digest = weights_digest(optimizer.engine)
     noted = digests_of(entries).get(stop)
     if noted is not None and noted != digest:
@@ -83,22 +83,28 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
             "use the version and the kind of device that the run used"
         )
     if output is not None:
-        export(optimizer.engine, load_tokenizer(location), output)
+        if config.adapter is None:
+            export(optimizer.engine, load_tokenizer(location), output)
+        else:
+            export_adapter(optimizer.engine, config, output)
     ends = {after: end for after, end, _ in reversed(entries.ends)}  # of the step itself, before later events
     return Replay(start, stop, digest, noted is not None, ends[stop] - ends[start])
 
 
-def audit(folder: Path) -> dict[str, int]:
-    """Hold every step of a run's journal against all that determines it; how many of each item agree.
+def audit(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """Hold every step of a run's journal against all that determines it.
 
     The seeds, samples and learning rates that the settings give; the losses and g0 of metrics.jsonl;
-    the digests of the checkpoints and of the summary; and that this version draws the same noise.
-    Raises `UserError` that names the first step and item that disagree.
+    the weights of the checkpoints and the digest of the summary; and that this version draws the same
+    noise. Returns how many of each item agree, and the files that are not there to compare with. Raises
+    `UserError` that names the first step and item that disagree.
     """
     config, entries = load_run(str(folder / CONFIG), []), read_journal(folder / JOURNAL)
     check_header(entries.header, recorded(config))
-    pools = partition(_lengths(folder), config.lt)
-    metrics = {record["step"]: record for record in read_metrics(folder)}
+    absent = [name for name in (LENGTHS, METRICS, SUMMARY) if not (folder / name).exists()]
+    pools = None if LENGTHS in absent else _pools(folder, config, entries)
+    metrics = {} if METRICS in absent else _metrics(folder)
+    final_digest = None if SUMMARY in absent else _summary(folder)["final_digest"]
     agreed: Counter[str] = Counter()
 
     def agree(item: str, step: int, noted: Any, expected: Any) -> None:
@@ -109,7 +115,8 @@ def audit(folder: Path) -> dict[str, int]:
     for record in entries.records:
         step = record.step
         agree("seed", step, record.seed, step_seed(config.seed, step - 1))
-        agree("samples", step, [list(record.zo), list(record.fo)], list(step_samples(config, pools, step - 1)))
+        if pools is not None:
+            agree("samples", step, [list(record.zo), list(record.fo)], list(step_samples(config, pools, step - 1)))
         agree("lr", step, record.lr, learning_rate(config, step - 1))
         measured = metrics.get(step)
         if measured is not None:
@@ -117,18 +124,13 @@ def audit(folder: Path) -> dict[str, int]:
             if record.g0 and measured["loss_zo"]:
                 plus, minus = (measured["loss_zo"][side] for side in ("plus", "minus"))
                 agree("difference of losses", step, list(record.g0), projected_gradients(plus, minus, config.eps))
-    noted = digests_of(entries)
+    noted, taken = digests_of(entries), len(entries.records)
     for path in complete(folder / CHECKPOINTS):
-        manifest = read_manifest(path)
+        manifest = audited(path)
         agree("weights", manifest.step, noted.get(manifest.step), manifest.digest)
-    if (folder / SUMMARY).exists():
-        agree(
-            "weights",
-            len(entries.records),
-            noted.get(len(entries.records)),
-            read_json(folder / SUMMARY)["final_digest"],
-        )
-    return dict(agreed)
+    if final_digest is not None:
+        agree("weights", taken, noted.get(taken), final_digest)
+    return dict(agreed), absent
 
 
 def digests_of(entries: Entries) -> dict[int, str]:
@@ -137,9 +139,30 @@ def digests_of(entries: Entries) -> dict[int, str]:
     return {0: entries.header["weights"], **noted}
 
 
-def _lengths(folder: Path) -> list[int]:
-    lengths = read_json(folder / LENGTHS)
+def _pools(folder: Path, config: RunConfig, entries: Entries) -> Partition:
+    path = folder / LENGTHS
+    content = read_json(path)
+    check_kind(content, Lengths, str(path))
+    lengths, samples = content["lengths"], entries.header["train_samples"]
+    if len(lengths) != samples:
+        raise UserError(f"{path}: lengths of {len(lengths)} samples, and the run had {samples}: restore it")
+    pools = partition(lengths, config.lt)
     try:
-        return [int(length) for length in lengths["lengths"]]
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"{folder / 'lengths.json'} is damaged: restore it") from None
+        check_pools(pools, config.k0, config.k1, config.alpha)
+    except UserError as error:
+        raise UserError(f"{path} is not that of the run ({error}): restore it") from None
+    return pools
+
+
+def _metrics(folder: Path) -> dict[int, dict[str, Any]]:
+    """Records by their steps."""
+    records = read_metrics(folder)
+    for number, record in enumerate(records, start=1):
+        check_kind(record, Step, f"{folder / METRICS}: line {number}")
+    return {record["step"]: record for record in records}
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    summary = read_json(folder / SUMMARY)
+    check_kind(summary, Summary, str(folder / SUMMARY))
+    return summary

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from addax_ds.errors import UserError
-from addax_ds.training.metrics import METRICS, read_json, read_metrics
+from addax_ds.training.metrics import METRICS, Lengths, Step, Summary, check_kind, read_json, read_metrics
 
 # Okabe and Ito's palette, told apart by colour-blind readers. One colour, one meaning in every plot.
 _ZO, _FO, _OTHER, _SECOND, _INK, _FAINT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#24292f", "#8c959f"
@@ -44,12 +44,6 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
-_STEP_KEYS = ("step", "g0", "loss_zo", "loss_fo", "skipped", "memory_bytes")
-_LENGTH_KEYS = ("lengths", "lt", "zo", "fo")
-_SUMMARY_KEYS = (
-    *("method", "engine", "world_size", "steps", "skipped_steps", "model", "data", "metric_name"),
-    *("seconds_per_step", "wire_bytes_per_step", "peak_memory_bytes", "seconds_total", "final_digest"),
-)
 
 
 @dataclass(frozen=True)
@@ -70,18 +64,28 @@ def write_report(folder: Path) -> Path:
     """Write FOLDER/report.html and its five PNGs, and return the path of the page.
 
     Reads config.yaml, metrics.jsonl, summary.json and lengths.json of the run. Raises `UserError`
-    for a missing or damaged file, before anything is written.
+    for a missing or damaged file, before anything is written, and where the report cannot be written.
     """
     run = _load(folder)
+    page = folder / "report.html"
+    try:
+        _draw(run, folder)
+        page.write_text(_page(run), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}: the run itself is complete: "
+            f"mend that and draw its report with addax-ds report {folder}"
+        ) from None
+    return page
+
+
+def _draw(run: _Run, folder: Path) -> None:
     with style.context(["default", _STYLE]):  # a user's matplotlibrc has no say here
         for name, (draw, _) in _PLOTS.items():
             figure = Figure(figsize=(8, 4.2), layout="constrained")
             draw(figure.add_subplot(), run)
             FigureCanvasAgg(figure)  # becomes the figure's canvas: no window system, no pyplot
             figure.savefig(folder / f"{name}.png", dpi=150)
-    page = folder / "report.html"
-    page.write_text(_page(run), encoding="utf-8")
-    return page
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -99,22 +103,16 @@ def _load(folder: Path) -> _Run:
     if not steps:
         raise UserError(f"{folder / METRICS}: no step in it: give the folder of a finished run")
     for number, record in enumerate(steps, start=1):
-        _require_keys(record, _STEP_KEYS, f"{folder / METRICS}: line {number}")
+        check_kind(record, Step, f"{folder / METRICS}: line {number}")
     summary, lengths = read_json(folder / "summary.json"), read_json(folder / "lengths.json")
-    _require_keys(summary, _SUMMARY_KEYS, f"{folder / 'summary.json'}")
-    _require_keys(lengths, _LENGTH_KEYS, f"{folder / 'lengths.json'}")
+    check_kind(summary, Summary, f"{folder / 'summary.json'}")
+    check_kind(lengths, Lengths, f"{folder / 'lengths.json'}")
     path = folder / "config.yaml"
     try:
         config = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: give the folder of a finished run") from None
     return _Run(config, steps, summary, lengths)
-
-
-def _require_keys(values: Any, keys: tuple[str, ...], where: str) -> None:
-    for key in keys:
-        if not isinstance(values, dict) or key not in values:
-            raise UserError(f"{where}: no {key} in it: give the folder of a run made by this version")
 
 
 # Plots: each draws one figure of a run on empty axes.
@@ -326,7 +324,7 @@ def _size(count: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 100:
+    if not 100 <= seconds < math.inf:  # nan, too
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
     return f"{seconds:,.0f} s" + (f" ({minutes // 60} h {minutes % 60} min)" if minutes >= 60 else "")

@@ -22,11 +22,11 @@ from addax_ds.data.partition import Partition, check_pools, partition
 from addax_ds.data.sources import load_records, split_records
 from addax_ds.data.tasks import Example, encode
 from addax_ds.digest import weights_digest
-from addax_ds.errors import UserError
+from addax_ds.errors import PreemptedError, UserError
 from addax_ds.loss import choice_loss, token_loss
 from addax_ds.training.agreement import from_main
-from addax_ds.training.evaluation import evaluate, metric_name, placed
-from addax_ds.training.export import export
+from addax_ds.training.evaluation import EvaluationStoppedError, evaluate, metric_name, placed
+from addax_ds.training.export import export, export_adapter
 from addax_ds.training.folder import SUMMARY, can_resume, finished, open_folder
 from addax_ds.training.metrics import read_metrics, write_json
 from addax_ds.training.models import (
@@ -90,11 +90,11 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     after SIGTERM, once the step under way is saved.
     """
     started = time.monotonic()
-    if summary := finished(config):
-        return summary if os.environ["RANK"] == "0" else None
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
     check_pools(pools, config.k0, config.k1, config.alpha)
+    if summary := finished(config, pools):
+        return summary if os.environ["RANK"] == "0" else None
     resuming = can_resume(config, pools)
     with joined(config.timeout_minutes) as world, requests() as request:
         return _train(config, prepared, pools, world, resuming, request, started)
@@ -119,16 +119,20 @@ def _train(
     say(pools.describe())
 
     def score() -> dict[str, float]:
-        return evaluate(optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens)
+        new_tokens, asked = prepared.task.max_new_tokens, lambda: request.received
+        return evaluate(optimizer, prepared.held_out, prepared.tokenizer, config, inputs, new_tokens, asked)
 
     metric = metric_name(prepared.held_out)
     loss_fn = choice_loss if prepared.task.labels else token_loss
     data = _digest_of(prepared.train)
-    state = RunState(config, folder, optimizer, data, len(prepared.train), resuming, say)
     limit_waiting(config.timeout_minutes)
-    before = state.before or score()
+    state = RunState(config, folder, optimizer, data, len(prepared.train), resuming, say)
+    try:
+        before = state.before or score()
+    except EvaluationStoppedError:
+        raise PreemptedError("asked to end before the first step: there is nothing to save") from None
     say(f"before: {metric} {before[metric]:.3f} on {len(prepared.held_out)} held-out samples")
-    state.begin(before)
+    state.begin(before, score)
 
     first = state.steps
     progress = tqdm(total=config.steps, initial=first, disable=not world.is_main, unit="step", mininterval=0.5)
@@ -137,6 +141,7 @@ def _train(
         begun = time.monotonic()
         samples = step_samples(config, pools, step)
         zo, fo = step_batches(config, prepared, samples, inputs, engine.device)
+        optimizer.queries = queries_of(config, pools, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         # The second step: the first builds engines' caches, and one is enough, since counting slows it.
@@ -148,21 +153,27 @@ def _train(
         if step == first and config.perturb == "auto":
             say(f"perturb: {optimizer.placement} ({optimizer.placement_reason})")
         elapsed = time.monotonic() - begun
-        tokens = _tokens(zo) * 2 * config.queries + _tokens(fo)
+        tokens = _tokens(zo) * 2 * optimizer.queries + _tokens(fo)
         metrics.update(seconds=elapsed, tokens=tokens, memory_bytes=peak_memory(world))
         progress.set_postfix(_postfix(metrics, tokens / elapsed), refresh=False)
         progress.update()
-        scored = config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps
-        state.took(metrics, samples, request.received, score if scored else None)
+        state.took(metrics, samples, request.received)
     progress.close()
 
-    after = score()
+    try:
+        after = score()
+    except EvaluationStoppedError:
+        state.end_early()
     say(f"after: {metric} {after[metric]:.3f}")
     digest = weights_digest(engine)
     state.end(digest)
     if config.save:
-        say(f"saving the model to {folder / 'model'}")
-        export(engine, prepared.tokenizer, folder / "model")
+        target = folder / ("model" if config.adapter is None else "adapter")
+        say(f"saving the {target.name} to {target}")
+        if config.adapter is None:
+            export(engine, prepared.tokenizer, target)
+        else:
+            export_adapter(engine, config, target)
     peaks = [0] * world.size
     dist.all_gather_object(peaks, peak_memory(world))
 
@@ -173,9 +184,12 @@ def _train(
             "engine": engine.name,
             "world_size": world.size,
             "steps": config.steps,
+            "metrics_lost": config.steps - len(records),
             "skipped_steps": sum(record["skipped"] for record in records),
             "gradients_left_out": sum(record["gradients_left_out"] for record in records),
             "model": config.model,
+            "trained": "all" if config.adapter is None else config.adapter.kind,
+            "trainable_parameters": sum(p.numel for p in engine.shards() if engine.trainable(p.name)),
             "data": config.data,
             "metric_name": metric,
             **{f"{name}_before": value for name, value in before.items()},
@@ -252,6 +266,13 @@ def _postfix(metrics: dict[str, Any], tokens_per_second: float) -> dict[str, str
         shown["zo loss"] = f"{statistics.fmean(zo['plus'] + zo['minus']):.3f}"
         shown["g0"] = f"{statistics.fmean(metrics['g0']):+.2f}"
     return {**shown, "tok/s": f"{tokens_per_second:.0f}"}
+
+
+def queries_of(config: RunConfig, pools: Partition, step: int) -> int:
+    """Directions of step `step` (from 0): a pure function, so that a run resumes anywhere."""
+    if config.query_schedule is None:
+        return config.queries
+    return config.query_schedule.queries(step // math.ceil(len(pools.zo) / config.k0))
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

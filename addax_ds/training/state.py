@@ -1,9 +1,11 @@
 """What a run leaves on disk as it goes, and takes up again when it is started anew."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,14 +14,18 @@ from addax_ds.core.kernels import noise
 from addax_ds.digest import weights_digest
 from addax_ds.errors import PreemptedError, UserError
 from addax_ds.training.agreement import agree, from_main
-from addax_ds.training.checkpoint import Checkpoints, Manifest, complete
-from addax_ds.training.folder import CHECKPOINTS, JOURNAL
-from addax_ds.training.journal import Entries, Journal, Record, read_journal
-from addax_ds.training.metrics import MetricsWriter
+from addax_ds.training.checkpoint import Checkpoints, Manifest, UnusableError, complete, not_finite
+from addax_ds.training.evaluation import EvaluationStoppedError
+from addax_ds.training.folder import CHECKPOINTS, JOURNAL, versions
+from addax_ds.training.journal import Entries, Journal, Record, is_begun, read_journal
+from addax_ds.training.metrics import METRICS, MetricsWriter, read_metrics
 from addax_ds.training.models import Optimizer
 
 # What a replay needs and an audit compares; everything else of a step stands in its line.
-_RECORDED = ("seed", "alpha", "eps", "queries", "weight_decay", "distribution", "rounding", "k0", "k1")
+_RECORDED = (
+    *("seed", "alpha", "eps", "queries", "directions", "weight_decay", "distribution", "rounding"),
+    *("k0", "k1", "zo_micro_batch"),
+)
 
 
 class RunState:
@@ -42,8 +48,10 @@ class RunState:
     ) -> None:
         self._config, self._folder, self._optimizer, self._say = config, folder, optimizer, say
         self._engine, self._resuming = optimizer.engine, resuming
+        self._where = {"engine": self._engine.name, "ranks": self._engine.world_size}
         self._header = {"train_samples": train_samples, "data": data, **recorded(config)}
-        self._checkpoints = Checkpoints(folder / CHECKPOINTS, self._engine, config.checkpoints_kept)
+        timeout = timedelta(minutes=config.timeout_minutes)
+        self._checkpoints = Checkpoints(folder / CHECKPOINTS, self._engine, config.checkpoints_kept, timeout)
         self._checkpoints.tidy()
         self._entries: Entries | None = from_main(self._engine, self._read_journal) if resuming else None
         if self._entries is not None:
@@ -53,12 +61,19 @@ class RunState:
             say(complaint)
         if loaded is not None and loaded.step > config.steps:
             raise UserError(f"the run has taken {loaded.step} steps already: set steps to that or more")
+        # No checkpoint of it could be saved; what is loaded has been looked at.
+        if loaded is None and (name := not_finite(self._engine, self._engine.shards())):
+            raise UserError(
+                f"model {config.model}: {name} has weights that are not finite: mend them or choose another"
+            )
         self.steps = loaded.step if loaded else 0
         """Steps that the weights have taken."""
         self.before: dict[str, float] | None = loaded.run["before"] if loaded else None
         """Scores before the first step, where an earlier process has measured them."""
         self._line: str | None = loaded.run["journal"] if loaded else None  # digest of that step's line
+        self._saved = self.steps  # step of the newest checkpoint
         self._spoilt_in_row = 0
+        self._score: Callable[[], dict[str, float]]
         # Rank 0 alone has files; what goes wrong with them is told to all with the next step.
         self._metrics: MetricsWriter | None = None
         self._journal: Journal | None = None
@@ -66,26 +81,30 @@ class RunState:
 
     def _read_journal(self) -> Entries | None:
         path = self._folder / JOURNAL
-        if not path.exists() and not complete(self._folder / CHECKPOINTS):
+        # Without a checkpoint nothing is lost where its first line was never written.
+        if not is_begun(path) and not complete(self._folder / CHECKPOINTS):
             return None
-        entries = read_journal(path, to_go_on=True)
-        return entries if entries.ends else None  # killed before the first line was written
+        return read_journal(path, to_go_on=True)
 
     def _check(self, manifest: Manifest) -> None:
-        """Raises `UserError` where a checkpoint does not belong to the run and its journal."""
+        """Raises `UnusableError` where a checkpoint does not belong to the run and its journal."""
         if self._entries is None or not manifest.run.keys() >= {"before", "journal"}:
-            raise UserError(
+            raise UnusableError(
                 f"checkpoint step-{manifest.step:06d} in {self._folder} was not saved by its run: remove it"
             )
-        self._entries.position(manifest.step, str(manifest.run["journal"]))
+        try:
+            self._entries.position(manifest.step, str(manifest.run["journal"]))
+        except UserError as error:
+            raise UnusableError(str(error)) from None
 
-    def begin(self, before: dict[str, float]) -> None:
+    def begin(self, before: dict[str, float], score: Callable[[], dict[str, float]]) -> None:
         """Open metrics and journal where the run goes on.
 
         A zeroth-order run goes on after the last step of its journal, which is repeated without
-        forwards; any other after its newest checkpoint.
+        forwards; any other after its newest checkpoint. score: measures the model, every
+        `eval_every` steps. Raises `PreemptedError` where it is asked to end in that.
         """
-        self.before = before
+        self.before, self._score = before, score
         entries, digest = self._entries, weights_digest(self._engine)
         if entries is not None:
             if self._line is None and entries.header["weights"] != digest:
@@ -95,26 +114,55 @@ class RunState:
                 self._catch_up(entries)
                 digest = weights_digest(self._engine)
 
-        def open_files() -> None:
+        def open_files() -> tuple[bool, int]:
+            """Whether the last step is without its score, because the run was asked to end before it, and the
+            spoilt steps in a row up to it."""
             self._metrics = MetricsWriter(self._folder, self.steps)
+            if self._metrics.kept < self.steps:
+                kept = f"{METRICS} has lines of {self._metrics.kept} of the {self.steps} steps taken"
+                self._say(f"{kept}: the others were damaged or lost, and stand in {JOURNAL} alone")
             path = self._folder / JOURNAL
             if entries is None:
-                self._journal = Journal(path, {**self._header, "weights": digest})
+                self._journal = Journal(path, {**self._header, "weights": digest, "versions": versions()})
             else:
                 self._journal = Journal.resume(path, entries, self.steps, str(self._line))
             if self._resuming:
-                ranks = self._engine.world_size
-                self._journal.event(resumed=self.steps, weights=digest, engine=self._engine.name, ranks=ranks)
+                self._journal.event(resumed=self.steps, weights=digest, versions=versions(), **self._where)
+            last = self._metrics.last
+            unscored = self._score_is_due() and last.get("step") == self.steps and not before.keys() <= last.keys()
+            return unscored, self._count_spoilt(entries.records if entries is not None else [])
 
-        from_main(self._engine, open_files)
+        def amend() -> None:
+            if self._metrics is not None:
+                self._metrics.amend_last(scores)
+
+        unscored, self._spoilt_in_row = from_main(self._engine, open_files)
         self._optimizer.steps = self.steps
         if self._resuming:
             self._say(f"going on after step {self.steps}")
+        if unscored:
+            try:
+                scores = score()
+            except EvaluationStoppedError:
+                self.end_early()
+            from_main(self._engine, amend)
+
+    def _count_spoilt(self, records: list[Record]) -> int:
+        """Spoilt steps in a row up to the last one taken: a restart is no way round `max_skipped`."""
+        spoilt = {record.step for record in records if record.g0 is None}
+        # That gradients were left out stands in the metrics alone.
+        spoilt |= {record["step"] for record in read_metrics(self._folder) if record.get("gradients_left_out")}
+        return len(list(itertools.takewhile(spoilt.__contains__, range(self.steps, 0, -1))))
+
+    def _score_is_due(self) -> bool:
+        every, steps = self._config.eval_every, self.steps
+        return 0 < steps < self._config.steps and every > 0 and steps % every == 0
 
     def _catch_up(self, entries: Entries) -> None:
         """Repeat the steps that the journal holds beyond the weights."""
         missing = entries.records[self.steps : self._config.steps]
-        self._optimizer.replay([(record.seed, record.g0 or (), record.lr) for record in missing])
+        steps = [(record.seed, record.g0 or (), record.lr) for record in missing]
+        self._optimizer.replay(steps, self._config.zo_sizes)
         self.steps += len(missing)
         self._line = next(line for after, _, line in reversed(entries.ends) if after == self.steps)
         if missing:
@@ -125,13 +173,12 @@ class RunState:
         metrics: dict[str, Any],
         samples: tuple[Sequence[int], Sequence[int]],
         asked_to_end: bool,
-        score: Callable[[], dict[str, float]] | None,
     ) -> None:
-        """Note a step, and save where it is time.
+        """Note a step, measure the model and save where it is time.
 
-        samples: of the zeroth-order and the first-order batch; score: what to measure beside it,
-        unless the run is to end. Raises `PreemptedError` once saved, where any rank was asked to end,
-        and `UserError` after too many spoilt steps in a row and where a file cannot be written.
+        samples: of the zeroth-order and the first-order batch. Raises `PreemptedError` once saved,
+        where any rank was asked to end, and `UserError` after too many spoilt steps in a row and where
+        a file cannot be written.
         """
         left_out = self._optimizer.gradients_left_out
         flags = torch.tensor([asked_to_end, left_out, bool(self._fault)], dtype=torch.float64)
@@ -141,26 +188,37 @@ class RunState:
             raise UserError(self._fault or "rank 0 cannot write to the run folder, and says why")
         metrics["gradients_left_out"] = int(left_out)
         self._spoilt_in_row = self._spoilt_in_row + 1 if metrics["skipped"] or left_out else 0
-        if score is not None and not asked:
-            metrics.update(score())
+        if self._score_is_due() and not asked:
+            try:
+                metrics.update(self._score())
+            except EvaluationStoppedError:
+                asked = True
         g0 = None if metrics["skipped"] else tuple(metrics["g0"])
         self._write(metrics, Record(self.steps, metrics["seed"], g0, metrics["lr"], *map(tuple, samples)))
         every = self._config.checkpoint_every
         due = every and self.steps % every == 0 and self.steps < self._config.steps
-        # Spoilt steps must not push out the good ones.
-        saved = self._save() if asked or (due and not self._spoilt_in_row) else False
+        if asked:
+            self.end_early()
+        # What is saved amid spoilt steps pushes nothing out, so it is saved only where it has to be.
+        if due and not self._spoilt_in_row and not self._save():
+            name = not_finite(self._engine, self._engine.shards())
+            self._say(f"no checkpoint of step {self.steps}: {name} has weights that are not finite")
         if self._spoilt_in_row >= self._config.max_skipped:
             self._checkpoints.wait()
             raise UserError(
                 f"{self._spoilt_in_row} steps in a row, up to step {self.steps}, had losses or gradients that are not "
                 "finite: lower lr, or look at the data; the checkpoints before them are intact"
             )
-        if asked:
-            self._checkpoints.wait()
-            what = "saved" if saved else "did not save, since weights are not finite"
-            raise PreemptedError(
-                f"asked to end after step {self.steps}, and {what}: the same command with output={self._folder} goes on"
-            )
+
+    def end_early(self) -> NoReturn:
+        """Save after the step taken last and raise `PreemptedError`."""
+        # A run that has gone on from its last step has nothing new to save.
+        saved = self._saved == self.steps or self._save()
+        self._checkpoints.wait()
+        what = "saved" if saved else "did not save, since weights are not finite"
+        raise PreemptedError(
+            f"asked to end after step {self.steps}, and {what}: the same command with output={self._folder} goes on"
+        )
 
     def _write(self, metrics: dict[str, Any], record: Record) -> None:
         if self._journal is None or self._metrics is None or self._fault:
@@ -183,14 +241,17 @@ class RunState:
                 self._fault = self._told(error)
         # A checkpoint whose step the journal may not hold could not be gone on from.
         agree(self._engine, self._fault)
-        facts = {"seed": self._config.seed, "steps": self._config.steps, "before": self.before, "journal": line}
-        facts.update(engine=self._engine.name, ranks=self._engine.world_size)
-        digest = self._checkpoints.save(self.steps, facts)
+        schedule = {name: getattr(self._config, name) for name in ("steps", "lr", "schedule", "warmup_steps")}
+        facts = {**self._header, **schedule, **self._where, "before": self.before, "journal": line}
+        # Spoilt steps must not push out the good ones.
+        digest = self._checkpoints.save(self.steps, facts, prune=not self._spoilt_in_row)
         if digest is not None and self._journal is not None:
             try:
                 self._journal.event(checkpoint=self.steps, weights=digest)
             except OSError as error:
                 self._fault = self._told(error)
+        if digest is not None:
+            self._saved = self.steps
         return digest is not None
 
     def _told(self, error: OSError) -> str:

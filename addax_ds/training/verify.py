@@ -129,13 +129,13 @@ def _noise(device: torch.device, distribution: Any) -> str:
 
 
 def weights_of(config: RunConfig) -> str:
-    """Digest of the safetensors files that hold the model's weights, by name and content."""
-    folder = Path(str(cached_file(locate_model(config.model), "config.json"))).parent
-    files = sorted(folder.glob("*.safetensors"))
+    """Digest of a model's config.json and of the safetensors files that hold its weights, by name and content."""
+    settings = Path(str(cached_file(locate_model(config.model), "config.json")))
+    files = sorted(settings.parent.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder} holds no safetensors files: give a model that has them")
+        raise UserError(f"{settings.parent} holds no safetensors files: download the model, or give one that has them")
     digest = hashlib.sha256()
-    for path in files:
+    for path in [settings, *files]:
         with open(path, "rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from addax_ds.errors import PreemptedError, RankLostError, UserError
+from addax_ds.errors import PreemptedError, RankLostError, UserError, is_of_another_rank
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -110,7 +110,7 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         _let_others_meet_it(size)
         raise
     except RuntimeError as error:
-        if _is_of_another_rank(error):
+        if is_of_another_rank(error):
             raise RankLostError(
                 f"rank {rank}: another rank has ended or did not answer for {timeout_minutes:g} minutes "
                 f"({' '.join(str(error).split())[-120:]}): see what it or its node says; a run with output=FOLDER goes "
@@ -125,12 +125,6 @@ def limit_waiting(minutes: float) -> None:
     """Have collectives of every group wait no longer than this; most groups are made with torch's 30 minutes."""
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
-
-
-def _is_of_another_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed for what another rank did or did not do."""
-    words = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "connection refused")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def _let_others_meet_it(size: int) -> None:

@@ -20,11 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[2]
+
+
+def deepspeed(name: str) -> list[str]:
+    return ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / name}"]
+
+
 ENGINES = {
     "replicated": ["engine=replicated", "ds_config=null"],
     "fsdp": ["engine=fsdp", "ds_config=null"],
-    "zero2": ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / 'zero2.json'}"],
-    "zero3": ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / 'zero3.json'}"],
+    "hsdp": ["engine=fsdp", "ds_config=null", "replicas=2"],
+    "zero2": deepspeed("zero2.json"),
+    "zero3": deepspeed("zero3.json"),
+    "zero3-offload": deepspeed("zero3_offload_param.json"),
 }
 
 
@@ -44,11 +52,15 @@ def main(
         table.add_column(column)
     for engine in engines or ENGINES:
         for size in ranks or (1, 2, 4):
+            if engine == "hsdp" and size % 2:
+                continue  # two replicas
             folder = output / run_file.stem / f"{engine}-{size}"
             train(size, [str(run_file), *(settings or []), *ENGINES[engine], f"output={folder}"])
             table.add_row(engine, str(size), *described(folder))
             summary = json.loads((folder / "summary.json").read_text())
             digests.add(summary["final_digest"] if summary["method"] == "mezo" else "")
+    if not table.rows:
+        sys.exit("hsdp needs an even number of ranks: give --ranks 2 or 4")
     Console(width=120).print(table)
     if len(digests) > 1:
         sys.exit("zeroth-order runs ended with different digests")

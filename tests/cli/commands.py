@@ -56,11 +56,12 @@ def run(
     plots: bool = False,
     seconds: float = SECONDS,
     before: Callable[[], None] | None = None,
+    until: int | None = None,
 ) -> Result:
     """`addax-ds ARGUMENTS` on `ranks` ranks in the folder `cwd`; a hang is a failure with stacks.
 
     plots: whether `train` writes its report, which takes longer than a tiny run. before: called in
-    each process first; picklable.
+    each process first; picklable. until: the rank whose end is the end of all, in place of every rank's.
     """
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory(prefix="command-") as logs:
@@ -74,7 +75,9 @@ def run(
             process = context().Process(target=_main, args=(words, own, str(cwd), str(place), plots, seconds, before))
             process.start()
             processes.append(process)
-        hung = _join(processes, time.monotonic() + seconds + 5)
+        awaited = processes if until is None else [processes[until]]
+        hung = _join(awaited, time.monotonic() + seconds + 5)
+        _end(processes)
         outputs = [place.with_suffix(".out").read_text(errors="replace") for place in places]
         errors = [place.with_suffix(".err").read_text(errors="replace") for place in places]
         assert not hung, "\n".join([f"ranks {hung} did not end within {seconds} s", *outputs, *errors])
@@ -93,15 +96,17 @@ def free_port() -> int:
 
 
 def _join(processes: list, deadline: float) -> list[int]:
-    """The ranks that were still running at the deadline, killed."""
+    """The places of processes that were still running at the deadline."""
     waiting = {process.sentinel for process in processes}
     while waiting and (left := deadline - time.monotonic()) > 0:
         waiting -= set(wait(waiting, timeout=left))
-    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    return [place for place, process in enumerate(processes) if process.is_alive()]
+
+
+def _end(processes: list) -> None:
     for process in processes:
         process.kill()
         process.join()
-    return hung
 
 
 def _main(

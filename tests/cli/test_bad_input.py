@@ -1,9 +1,12 @@
 """Bad input: status 2, one line that says what is wrong, no traceback, nothing written."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +23,9 @@ def bad(tiny, tmp_path_factory):
     shutil.copy(tiny.run_file, folder / "run.yaml")
     (folder / "list.yaml").write_text("- model\n- data\n")
     (folder / "broken.yaml").write_text("model: [tiny\nlr: 1\n")
+    (folder / "deep.yaml").write_text("[" * 5000)
+    (folder / "date.yaml").write_text("model: 2024-13-45\n")
+    (folder / "deep.json").write_text("[" * 100_000)
     (folder / "latin1.yaml").write_bytes("model: caf\xe9\n".encode("latin-1"))
     (folder / "empty").mkdir()
 
@@ -69,7 +75,7 @@ def ds_config(stage: int = 3, **settings) -> dict:
 
 
 def command_line(settings, bad):
-    return ["train", *(setting.replace("BAD", str(bad)) for setting in settings), "output=out"]
+    return ["train", "output=out", *(setting.replace("BAD", str(bad)) for setting in settings)]
 
 
 def assert_refused(status, error, words, folder):
@@ -95,6 +101,24 @@ BEFORE_START = {
     "run file that is a list": (["BAD/list.yaml"], ["a run file is a mapping"]),
     "run file that is not YAML": (["BAD/broken.yaml"], ["broken.yaml: not YAML", "line 2"]),
     "run file that is not UTF-8": (["BAD/latin1.yaml"], ["latin1.yaml: not YAML"]),
+    "run file nested too deeply": (["BAD/deep.yaml"], ["deep.yaml: not YAML: maximum recursion depth"]),
+    "run file with a date that is none": (["BAD/date.yaml"], ["date.yaml: not YAML: month must be in 1..12"]),
+    "override nested too deeply": ([RUN, "model=" + "[" * 5000], ["the value is not YAML"]),
+    "ds_config nested too deeply": (
+        [RUN, "engine=deepspeed", "ds_config=BAD/deep.json"],
+        ["deep.json: not JSON: maximum recursion depth"],
+    ),
+    **{
+        f"NUL in {name}": ([RUN, f'{name}="a\\0b"'], [f"{name} holds a NUL character: remove it"])
+        for name in ("model", "data", "eval_data", "output")
+    },
+    "model path that is too long": ([RUN, "model=/" + "a" * 5000], ["no such folder"]),
+    "model id that is too long": ([RUN, "model=" + "a" * 5000], ["cannot be loaded: Repo id must"]),
+    "data path that is too long": ([RUN, "data=/" + "a" * 5000], ["File name too long"]),
+    "output path that is too long": ([RUN, "output=/" + "a" * 5000], ["aaa: File name too long"]),
+    "prompt padded beyond memory": ([RUN, 'task.prompt="{text:>99999999999}"'], ["task.prompt pads a field to 10,000"]),
+    "timeout_minutes that no clock holds": ([RUN, "timeout_minutes=1e300"], ["timeout_minutes is 1e+300", "at most"]),
+    "timeout_minutes inf": ([RUN, "timeout_minutes=.inf"], ["timeout_minutes is inf", "at most"]),
     "alpha above 1": ([RUN, "alpha=1.5"], ["alpha is 1.5: it must lie in [0, 1]"]),
     "alpha below 0": ([RUN, "alpha=-1e-9"], ["alpha is -1e-09"]),
     "alpha nan": ([RUN, "alpha=.nan"], ["alpha is nan"]),
@@ -194,7 +218,7 @@ def test_a_folder_that_holds_a_run_or_a_model_and_a_file_are_no_place_for_a_run(
     before = sorted(bad.rglob("*"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(sys, "argv", ["addax-ds", *command_line([RUN, *settings], bad)[:-1]])
+    monkeypatch.setattr(sys, "argv", ["addax-ds", *command_line([RUN, *settings], bad)])
     with pytest.raises(SystemExit) as stop:
         main()
     assert_refused(stop.value.code, capfd.readouterr().err, ["output", "choose another"], tmp_path)
@@ -214,6 +238,19 @@ def test_damaged_weights_are_refused_before_a_run_folder_is_made(bad, name, word
     # transformers prints a table of the weights that do not fit before it raises.
     assert_refused(result.status, result.error.splitlines()[-1], words, tmp_path)
     assert "Traceback" not in result.error
+
+
+def read_only() -> None:
+    def mkdir(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    Path.mkdir = mkdir
+
+
+def test_a_read_only_disk_is_one_line_on_every_rank(bad, tmp_path):
+    result = run(*command_line([RUN], bad), cwd=tmp_path, ranks=2, before=read_only)
+    for status, error in zip(result.statuses, result.errors, strict=True):
+        assert_refused(status, error, ["output out: Read-only file system: choose another folder"], tmp_path)
 
 
 def test_replicas_must_divide_the_ranks(bad, tmp_path):

@@ -99,6 +99,34 @@ def test_a_local_dataset_folder_is_read_by_split(tmp_path):
     assert "Unknown split" in refused(f"{tmp_path}:validation")
 
 
+@pytest.mark.parametrize("metadata", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "data_files: ../secret/x.jsonl",
+        "data_files: {}/secret/x.jsonl",
+        "data_files: ../*/x.jsonl",
+        "data_files: [{{split: train, path: [train.jsonl, ../secret/x.jsonl]}}]",
+        "data_dir: ../secret",
+    ],
+)
+def test_a_dataset_folder_that_leads_out_of_itself_is_refused(tmp_path, metadata, settings):
+    for name in ("set/train.jsonl", "secret/x.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        write(tmp_path / name, '{"text": "fine"}\n')
+    text = "configs:\n- config_name: default\n  " + settings.format(tmp_path) + "\n"
+    write(tmp_path / "set" / metadata, f"---\n{text}---\n" if metadata == "README.md" else text)
+    assert "lead out of the folder" in refused(str(tmp_path / "set"))
+
+
+def test_a_dataset_folder_may_be_a_link_and_name_its_own_files(tmp_path):
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "x.jsonl", '{"text": "fine"}\n')
+    write(tmp_path / "set" / "README.md", '---\nconfigs:\n- config_name: default\n  data_files: "*.jsonl"\n---\n')
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert load_records(str(tmp_path / "link"))[0] == [{"text": "fine"}]
+
+
 @pytest.mark.parametrize(
     ("data", "name", "config", "split"),
     [

@@ -1,16 +1,21 @@
 """Real launchers as child processes, in a process group of their own that ends with the test."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 
+from addax_ds.bench.link import linked
+from addax_ds.errors import UserError
 from tests.cli.commands import environment, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +37,11 @@ def _torchrun_restarting(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options, TRAIN]
 
 
+def _torchrun_on_a_node(ranks: int) -> list[str]:
+    """Which of how many nodes it is, and where the first one listens, stands in torchrun's variables."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), TRAIN]
+
+
 def _deepspeed(ranks: int) -> list[str]:
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     return [launcher, "--num_accelerators", str(ranks), "--no_local_rank", "--master_port", str(free_port()), TRAIN]
@@ -48,23 +58,55 @@ LAUNCHERS = {
     "python": _python,
     "torchrun": _torchrun,
     "torchrun-restarting": _torchrun_restarting,
+    "torchrun-node": _torchrun_on_a_node,
     "deepspeed": _deepspeed,
     "mpirun": _mpirun,
 }
 
 
+@dataclass(frozen=True)
+class Node:
+    """A host that commands can be given to: words before each, and variables."""
+
+    name: str
+    words: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+HERE = Node("here")
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[list[Node]]:
+    """Two nodes for a job, with networks and names of their own; skips where that is not allowed."""
+    try:
+        with linked(1.0) as hosts:
+            nodes = []
+            for rank, host in enumerate(hosts):
+                name = f"node-{rank}"
+                named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
+                job = {"NNODES": 2, "NODE_RANK": rank, "MASTER_ADDR": hosts[0].address, "MASTER_PORT": 29500}
+                variables = {f"PET_{name}": str(value) for name, value in job.items()}
+                variables["GLOO_SOCKET_IFNAME"] = host.interface
+                nodes.append(Node(name, ["ip", "netns", "exec", host.namespace, *named], variables))
+            yield nodes
+    except UserError as error:
+        pytest.skip(f"network namespaces are not allowed here: {error}")
+
+
 class Launched:
     """A launcher and all it has started."""
 
-    def __init__(self, launcher: str, ranks: int, *settings: object, cwd: Path) -> None:
-        words = [*LAUNCHERS[launcher](ranks), *map(str, settings)]
+    def __init__(self, launcher: str, ranks: int, *settings: object, cwd: Path, node: Node = HERE) -> None:
+        words = [*node.words, *LAUNCHERS[launcher](ranks), *map(str, settings)]
         own = {
+            **node.variables,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             # Open MPI asks for both before it runs as root, as containers do.
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }
-        self._log = cwd / f"{launcher}.log"
+        self._log = cwd / f"{launcher}-{node.name}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 words, cwd=cwd, env={**environment(), **own}, stdout=log, stderr=log, start_new_session=True
@@ -117,6 +159,12 @@ class Launched:
     def terminate(self) -> None:
         """Ask the launcher to end, as a cluster does."""
         self._process.terminate()
+
+    def send_to_all(self, number: int) -> None:
+        """A signal to the launcher and all it has started."""
+        self._look()
+        for process in [psutil.Process(self._process.pid), *self.alive()]:
+            process.send_signal(number)
 
     def wait(self, seconds: float) -> int:
         """The launcher's exit status; a launcher that does not end is a failure."""

@@ -55,6 +55,13 @@ def test_torchrun_starts_killed_ranks_again_and_the_run_goes_on(untouched, tiny,
     assert len(read_metrics(tmp_path / "out")) == 40
 
 
+def test_restarts_do_not_take_another_run_for_their_own(tiny, tmp_path):
+    run("train", tiny.run_file, "output=out", "save=false", cwd=tmp_path).check()
+    with Launched("torchrun-restarting", 1, tiny.run_file, "output=out", "seed=5", cwd=tmp_path) as launched:
+        assert launched.wait(SECONDS) != 0
+        assert "holds a finished run" in launched.log and "with seed 0, and this one has 5" in launched.log
+
+
 def test_restarts_without_a_folder_to_come_back_to_are_refused(tiny, tmp_path):
     with Launched("torchrun-restarting", 2, tiny.run_file, *STEPS, cwd=tmp_path) as launched:
         assert launched.wait(SECONDS) != 0

@@ -1,6 +1,7 @@
 """The same run under every launcher, and what happens when one of its ranks dies."""
 
 import json
+import re
 import signal
 import time
 
@@ -109,7 +110,9 @@ def test_a_rank_that_is_killed_takes_the_run_down_within_a_minute(tiny, tmp_path
         killed = time.monotonic()
         assert launched.wait(60) != 0, "a lost rank went unnoticed"
         launched.until(lambda: not launched.alive(), 60 - (time.monotonic() - killed))
-        assert "rror" in launched.log or "signal" in launched.log.lower(), "no cause on the screen"
+        # The other rank says so where the launcher leaves it the time; mpirun names the signal itself.
+        causes = r"another rank has ended|SIGKILL|signal 9|return code = -9"
+        assert re.search(causes, launched.log), launched.log[-4000:]
     assert not (tmp_path / "out" / "summary.json").exists()
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.commands import environment
 from tests.launch.processes import ROOT
 
@@ -27,19 +29,26 @@ def rows_of(output):
 
 def test_worlds_print_one_table_and_a_second_run_is_the_first_to_the_last_bit(tiny, tmp_path):
     words = [tiny.run_file, "alpha=1", "lr=0.01", "save=false", "--ranks", 1, "--ranks", 2]
-    words += ["--engines", "fsdp", "--engines", "zero3"]
+    words += ["--engines", "hsdp", "--engines", "zero3"]
     first, second = (
         script("worlds.py", *words, "--output", tmp_path / name, cwd=tmp_path) for name in ("first", "second")
     )
     assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
     rows = rows_of(first.stdout)
-    assert set(rows) == {(engine, ranks) for engine in ("fsdp", "zero3") for ranks in ("1", "2")}
+    assert set(rows) == {("hsdp", "2"), ("zero3", "1"), ("zero3", "2")}
     assert len({tuple(cells) for cells in rows.values()}) == 1
     assert rows == rows_of(second.stdout)
 
 
-def test_kills_are_survived(tiny, tmp_path):
-    words = [tiny.run_file, "steps=150", "checkpoint_every=5", "save=false", "engine=fsdp", "--kills", 3]
-    done = script("kills.py", *words, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [
+        ("torchrun", ["engine=fsdp"]),
+        ("deepspeed", ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / 'zero3.json'}"]),
+    ],
+)
+def test_kills_are_survived(tiny, tmp_path, launcher, engine):
+    words = [tiny.run_file, "steps=300", "checkpoint_every=5", "save=false", *engine]
+    done = script("kills.py", *words, "--kills", 3, "--launcher", launcher, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert re.search(r"3 kills \{.*\} survived", done.stdout)

@@ -13,26 +13,26 @@ PLACES = ("probe", "backward", "journal", "staging", "shard", "manifest", "name"
 written; and in each phase of a save."""
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @dataclass(frozen=True)
 class Death:
-    """SIGKILL of one rank the first time that it comes to a place, from the given time on."""
+    """A signal to one rank the first time that it comes to a place, from the given time on."""
 
     place: str
     rank: int
     time: int
+    signal: int = signal.SIGKILL
 
     def __call__(self) -> None:
         if os.environ.get("RANK", "0") == str(self.rank):
             getattr(self, f"_in_{self.place}")()
 
+    def _die(self) -> None:
+        os.kill(os.getpid(), self.signal)
+
     def _die_in(self, owner: object, name: str, times: int) -> None:
         """Die at the beginning of the call with this number, from 0."""
         calls = itertools.count()
-        self._before(owner, name, lambda: next(calls) == times and die())
+        self._before(owner, name, lambda: next(calls) == times and self._die())
 
     def _before(self, owner: object, name: str, act: Callable[[], object]) -> None:
         original = getattr(owner, name)
@@ -69,10 +69,15 @@ class Death:
             if record.step == self.time:
                 journal._file.write(f'[{record.step},"half a li'.encode())
                 journal._file.flush()
-                die()
+                self._die()
             original(journal, record)
 
         Journal.step = dying
+
+    def _in_evaluation(self) -> None:
+        from addax_ds.training import run
+
+        self._die_in(run, "evaluate", self.time)
 
     def _in_staging(self) -> None:
         from addax_ds.training import checkpoint
@@ -83,6 +88,11 @@ class Death:
         from torch.distributed.checkpoint import filesystem
 
         self._die_in(filesystem, "_write_item", 12)
+
+    def _in_loading(self) -> None:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+        self._die_in(HuggingFaceStorageReader, "read_data", self.time)
 
     def _in_manifest(self) -> None:
         from addax_ds.training import checkpoint
@@ -99,7 +109,7 @@ class Death:
         from addax_ds.training import checkpoint
 
         # In this module's eyes only: others remove folders too.
-        checkpoint.shutil = SimpleNamespace(rmtree=lambda path: die())
+        checkpoint.shutil = SimpleNamespace(rmtree=lambda path: self._die())
 
     def _die_on_rename(self, start: str) -> None:
         original = os.replace
@@ -110,7 +120,7 @@ class Death:
                 and not Path(target).suffix
                 and Path(target).parent.joinpath("latest").exists()
             ):
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._die()
             return original(source, target)
 
         os.replace = dying

@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from addax_ds.errors import UserError
 from addax_ds.training import checkpoint
-from addax_ds.training.checkpoint import Checkpoints, Manifest, complete
+from addax_ds.training.checkpoint import Checkpoints, Manifest, UnusableError, complete
 from tests.engines.setups import TWO_BY_TWO, batch_for, build_model, running
 from tests.world import World
 
@@ -61,6 +63,27 @@ def test_what_an_engine_saves_one_process_loads_and_the_other_way_round(world: W
     digest, manifest = load("replicated", tmp_path / "many", dtype)
     assert digest == expected
     assert manifest.run == RUN and manifest.step == 7
+
+
+def step_then_write(engine: str, folder: Path) -> tuple[str, str]:
+    """Digests of what is saved and of what a step makes of it, before a byte of the first is written."""
+    with running(engine, build_model("llama-tied")) as run:
+        saved, stepped = Checkpoints(folder, run.engine, keep=2), Event()
+        write = saved._write
+        saved._write = lambda *args: stepped.wait() and write(*args)
+        before = run.digest()
+        saved.save(7, RUN)
+        run.train_step(batch_for("llama", 3, 12), batch_for("llama", 3, 6))
+        stepped.set()
+        saved.wait()
+        return before, run.digest()
+
+
+@pytest.mark.parametrize("world", [3], indirect=True)
+@pytest.mark.parametrize("engine", ["replicated", "fsdp"])
+def test_a_step_taken_before_anything_is_written_changes_nothing_of_what_is_saved(world: World, engine, tmp_path):
+    ((before, after),) = set(world.run(step_then_write, engine=engine, folder=tmp_path))
+    assert load("replicated", tmp_path)[0] == before != after
 
 
 def test_zero3_on_four_ranks_to_fsdp_on_three_to_one_process(tmp_path):
@@ -144,6 +167,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(saved: Path, monkeypatch, at):
     assert not complaints
     # Complete under its name is complete, even where `latest` could not follow.
     assert manifest is not None and manifest.step == (11 if at == "latest" else 9)
+    assert (saved / "latest").read_text() == f"step-{manifest.step:06d}\n"
     assert not [path for path in saved.iterdir() if path.suffix in (".partial", ".removed")]
 
 
@@ -162,6 +186,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_set_aside(saved
         assert manifest is not None and manifest.step == 7
         assert len(complaints) == 1 and "bytes, not" in complaints[0]
         assert (saved / "step-000009.damaged").is_dir() and complete(saved) == [saved / "step-000007"]
+        assert (saved / "latest").read_text() == "step-000007\n"
         # What the run saves from here on is the newest, and it alone is kept.
         checkpoints.save(8, {})
         checkpoints.wait()
@@ -174,11 +199,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_set_aside(saved
 def test_a_checkpoint_that_the_run_cannot_use_gives_way_too(saved: Path):
     def check(manifest: Manifest) -> None:
         if manifest.step == 9:
-            raise UserError("not of this run")
+            raise UnusableError("not of this run")
 
     with running("replicated", build_model("llama-tied")) as run:
         manifest, complaints = Checkpoints(saved, run.engine, keep=2).load_newest(check)
     assert manifest is not None and manifest.step == 7 and complaints == ["not of this run"]
+
+
+@pytest.mark.parametrize("at", ["manifest", "header", "data"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(saved: Path, monkeypatch, at):
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    owner = {"manifest": Path, "header": HuggingFaceStorageReader, "data": HuggingFaceStorageReader}[at]
+    monkeypatch.setattr(owner, {"manifest": "read_bytes", "header": "read_metadata", "data": "read_data"}[at], stale)
+    with running("replicated", build_model("llama-tied")) as run:  # noqa: SIM117
+        with pytest.raises(UserError, match=r"checkpoint .*step-000009 cannot be read: .*Stale file handle: mend that"):
+            Checkpoints(saved, run.engine, keep=2).load_newest()
+    assert [path.name for path in complete(saved)] == ["step-000009", "step-000007"]
+    monkeypatch.undo()
+    with running("replicated", build_model("llama-tied")) as run:
+        manifest, complaints = Checkpoints(saved, run.engine, keep=2).load_newest()
+    assert manifest is not None and manifest.step == 9 and not complaints
 
 
 def test_without_any_that_loads_nothing_starts_over_in_silence(saved: Path):
@@ -203,10 +245,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path
         checkpoints.wait()
         assert complete(tmp_path) == []
         with monkeypatch.context() as patched:
-            patched.setattr(Checkpoints, "_all_finite", lambda *_: True)
+            patched.setattr(checkpoint, "not_finite", lambda *_: "")
             checkpoints.save(1, {})
             checkpoints.wait()
-        with pytest.raises(UserError, match="not finite"):
+        with pytest.raises(UserError, match=r"weights of model\.embed_tokens\.weight that are not finite"):
             checkpoints.load(tmp_path / "step-000001")
 
 

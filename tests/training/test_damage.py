@@ -1,6 +1,7 @@
 """Whatever is wrong with a file, there is one clear line, and nothing is loaded or written."""
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -10,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from addax_ds.config import load_run
+from addax_ds.errors import UserError
 from addax_ds.training.checkpoint import _sha256, complete
 from addax_ds.training.folder import JOURNAL
+from addax_ds.training.models import context_length, load_model, load_tokenizer
 from tests.cli.commands import run
 from tests.training.dying import Death
 
@@ -192,6 +196,117 @@ def test_damaged_weights_of_the_model(tiny, tmp_path, damage):
     ANY_FILE[damage](tmp_path / "model" / "model.safetensors")
     is_one_clear_line(run("train", tiny.run_file, f"model={tmp_path / 'model'}", "output=out", cwd=tmp_path))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def with_code(model: Path) -> None:
+    """A model that comes with code of its own."""
+    config = json.loads((model / "config.json").read_text())
+    config.update(model_type="unheard-of", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text("open('executed', 'w')\n")
+
+
+def with_a_pickle(model: Path) -> None:
+    """A model whose weights are a pickle that calls something."""
+    (model / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Executed()}, model / "pytorch_model.bin")
+
+
+class Executed:
+    def __reduce__(self) -> tuple:
+        return open, ("executed", "w")
+
+
+def with_an_index_that_leads(target: str) -> Damage:
+    def damage(model: Path) -> None:
+        shutil.move(model / "model.safetensors", model.parent / "outside.safetensors")
+        names = load_file(model.parent / "outside.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, target.format(model.parent))}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def with_an_empty_pickle(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"")
+
+
+MODEL: dict[str, Damage] = {
+    "empty pickle": with_an_empty_pickle,
+    "code": with_code,
+    "pickle": with_a_pickle,
+    "outside": with_an_index_that_leads("../outside.safetensors"),
+    "absolute": with_an_index_that_leads("{}/outside.safetensors"),
+    "config of another kind": lambda model: (model / "config.json").write_text("null") and None,
+    "adapters": lambda model: (model / "adapter_config.json").write_text('{"peft_type": "LORA"}') and None,
+    "index of another kind": lambda model: (model / "model.safetensors.index.json").write_text("[1]") and None,
+}
+
+
+@pytest.mark.parametrize("damage", MODEL)
+def test_models_that_want_to_be_executed_or_lead_outside(tiny, tmp_path, damage):
+    shutil.copytree(tiny.model, tmp_path / "model")
+    MODEL[damage](tmp_path / "model")
+    is_one_clear_line(run("train", tiny.run_file, f"model={tmp_path / 'model'}", "output=out", cwd=tmp_path))
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def changed(file: str, **values: object) -> Damage:
+    def damage(model: Path) -> None:
+        path = model / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+DEEP = "[" * 100_000
+ODD: dict[str, Damage] = {
+    **{
+        f"{file} of {content}": lambda model, file=file, content=content: (model / file).write_text(content) and None
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+        for content in ("[1]", "3", "null")
+    },
+    "deep index": lambda model: (model / "model.safetensors.index.json").write_text(DEEP) and None,
+    "limit that is no number": changed("tokenizer_config.json", model_max_length="x"),
+    "tokenizer of another kind": changed("tokenizer_config.json", tokenizer_class="BertTokenizer"),
+    "tokenizer without a model": changed("tokenizer.json", model=None),
+    **{
+        f"{name} {value}": changed("config.json", **{name: value})
+        for name, value in (
+            ("hidden_size", "abc"),
+            ("num_attention_heads", 0),
+            ("hidden_act", "nope"),
+            ("dtype", "nope"),
+            ("pad_token_id", 10**6),
+            ("attn_implementation", "flash_attention_2"),
+            ("attn_implementation", "someone/kernel"),
+            ("_attn_implementation", {"": "someone/kernel"}),
+            ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+            ("quantization_config", 3),
+        )
+    },
+}
+
+
+def test_a_tokenizer_without_special_tokens_pads_with_any(tiny, tmp_path):
+    shutil.copytree(tiny.model, tmp_path / "model")
+    changed("tokenizer_config.json", pad_token=None, eos_token=None)(tmp_path / "model")
+    run("train", tiny.run_file, f"model={tmp_path / 'model'}", "output=out", cwd=tmp_path).check()
+
+
+@pytest.mark.parametrize("damage", ODD)
+def test_an_odd_model_folder_is_one_line_that_names_it(tiny, tmp_path, damage):
+    shutil.copytree(tiny.model, tmp_path / "model")
+    ODD[damage](tmp_path / "model")
+    location = str(tmp_path / "model")
+    with pytest.raises(UserError, match=re.escape(f"model {location}")) as refusal:
+        load_tokenizer(location)
+        context_length(location)
+        load_model(location, load_run(str(tiny.run_file), []))
+    assert len(str(refusal.value)) < 600
+    if "kernel" in damage:
+        assert "has attention from someone/kernel: remove that setting" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,18 @@ def test_appending_after_a_crash_does_not_glue_onto_the_torn_line(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize("damage", ["{broken", "", "[1]", "3"])
+@pytest.mark.parametrize("damage", ["{broken", "", "[1]", "3", "[" * 100_000, '{"a":' * 600 + "1" + "}" * 600])
 def test_damage_before_the_end_names_the_line(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + damage + '\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 "):
         read_metrics(tmp_path)
+
+
+def test_a_line_nested_too_deeply_is_dropped_when_a_run_goes_on(tmp_path):
+    for line in ('{"step": 1, "a": ' + "[" * 100_000, '{"step": 1, "a": ' + "[" * 600 + "]" * 600 + "}"):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with MetricsWriter(tmp_path, steps=1) as writer:
+            assert writer.kept == 0
 
 
 def test_missing_folder_and_missing_file_are_user_errors(tmp_path):

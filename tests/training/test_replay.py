@@ -61,6 +61,16 @@ def test_the_command_says_what_it_did_and_writes_the_model(zeroth_order, tmp_pat
     assert weights_digest(addax_ds.Addax(model).engine) == final(zeroth_order)
 
 
+def test_neither_metrics_nor_lengths_are_needed(zeroth_order, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "journal.jsonl"):
+        shutil.copy(zeroth_order / name, tmp_path / "run")
+    shutil.copytree(zeroth_order / "checkpoints" / "step-000010", tmp_path / "run" / "checkpoints" / "step-000010")
+    result = run("replay", "run", cwd=tmp_path).check()
+    assert "not there to compare with: lengths.json, metrics.jsonl, summary.json" in result.output
+    assert f"digest: {final(zeroth_order)}, that of the run" in result.output
+
+
 def test_a_mixed_run_is_audited_and_not_rebuilt(mixed, tmp_path):
     result = run("replay", mixed, cwd=tmp_path).check()
     assert "6 of seed" in result.output and "3 of weights" in result.output
@@ -94,11 +104,45 @@ def test_an_audit_names_what_disagrees(mixed, tmp_path, field, value, words):
         audit(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, text) for name in ("summary.json", "lengths.json", "metrics.jsonl") for text in ("{}", "[1]", "3")),
+        *((name, "[" * 100_000) for name in ("summary.json", "lengths.json", "metrics.jsonl")),
+        ("metrics.jsonl", '{"step": 1}'),
+        ("metrics.jsonl", {"loss_zo": 3}),
+        ("metrics.jsonl", {"loss_zo": {"plus": [1], "minus": []}}),
+        ("metrics.jsonl", {"g0": [1], "step": [1]}),
+        ("lengths.json", '{"lengths": []}'),
+        ("lengths.json", {"lengths": [3]}),
+        ("lengths.json", {"lengths": [3] * 160}),
+        ("lengths.json", {"lengths": ["inf"] * 160}),
+        ("summary.json", {"final_digest": None}),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(mixed, tmp_path, name, content):
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    if isinstance(content, dict):
+        whole = (folder / name).read_text()
+        content = json.dumps(json.loads(whole.splitlines()[0] if name == "metrics.jsonl" else whole) | content)
+    (folder / name).write_text(content + "\n")
+    with pytest.raises(UserError, match=name) as refusal:
+        audit(folder)
+    assert "\n" not in str(refusal.value)
+
+
 def test_an_audit_notices_other_weights_and_other_noise(mixed, tmp_path, monkeypatch):
     shutil.copytree(mixed, tmp_path / "run")
     path = tmp_path / "run" / "summary.json"
     path.write_text(path.read_text().replace(final(mixed), "0" * 64))
     with pytest.raises(UserError, match="step 6: the journal has weights"):
+        audit(tmp_path / "run")
+    shard = next((tmp_path / "run" / "checkpoints").glob("*/*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: its weights have another digest"):
         audit(tmp_path / "run")
     monkeypatch.setattr("addax_ds.training.state.noise", lambda *_, **__: __import__("torch").zeros(1000))
     with pytest.raises(UserError, match="the journal was begun with noise"):

@@ -1,10 +1,15 @@
 """The report of every kind of run: it is drawn, complete, escaped, and refuses what is no run."""
 
+import errno
 import io
+import json
 import math
+import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -288,6 +293,54 @@ def test_a_file_of_another_kind_is_named_and_nothing_is_written(tmp_path, name):
     with pytest.raises(UserError, match=rf"{name}.*: no \w+ in it"):
         write_report(folder)
     assert not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name in ("metrics.jsonl", "summary.json", "lengths.json") for content in ("{}", "[1]", "3")]
+    + [("lengths.json", '{"lengths": [], "lt": 3, "zo": 0, "fo": 0}')]
+    + [(name, "[" * 100_000) for name in ("metrics.jsonl", "summary.json", "lengths.json")],
+)
+def test_damage_is_one_line_that_names_the_file(tmp_path, name, content):
+    folder = make_run(tmp_path)
+    (folder / name).write_text(content + "\n")
+    with pytest.raises(UserError, match=name) as refusal:
+        write_report(folder)
+    assert "\n" not in str(refusal.value) and not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("key", ["step", "g0", "loss_zo", "loss_fo", "skipped", "memory_bytes", "accuracy"])
+@pytest.mark.parametrize("value", ["3", {"a": 1}, [[]]])
+def test_a_step_with_a_value_of_another_kind_is_named(tmp_path, key, value):
+    folder = make_run(tmp_path, steps=1)
+    record = json.loads((folder / "metrics.jsonl").read_text())
+    (folder / "metrics.jsonl").write_text(json.dumps(record | {key: value}) + "\n")
+    with pytest.raises(UserError, match=rf"metrics.jsonl: line 1: .*{key}"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    "key", ["world_size", "metric_name", "seconds_per_step", "wire_bytes_per_step", "accuracy_after"]
+)
+def test_a_summary_with_a_value_of_another_kind_is_named(tmp_path, key):
+    with pytest.raises(UserError, match=rf"summary.json: {key}"):
+        write_report(make_run(tmp_path, **{key: [[]]}))
+
+
+@pytest.mark.parametrize("name", ["loss.png", "report.html"])
+def test_a_report_that_cannot_be_written_says_that_the_run_is_complete(tmp_path, name, monkeypatch):
+    folder = make_run(tmp_path)
+    again = f"the run itself is complete: mend that and draw its report with addax-ds report {folder}"
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=re.escape(f"{folder / name}: Is a directory: {again}")):
+        write_report(folder)
+
+    def read_only(figure: Figure, path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Figure, "savefig", read_only)
+    with pytest.raises(UserError, match=rf"\.png: Read-only file system: {re.escape(again)}"):
+        write_report(folder)
 
 
 def test_a_run_without_a_step_is_refused(tmp_path):

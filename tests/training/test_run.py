@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import addax_ds
-from addax_ds.config import RunConfig, load_run
+from addax_ds.config import QuerySchedule, RunConfig, load_run
 from addax_ds.core.noise import step_seed
 from addax_ds.data.batches import batch_indices
 from addax_ds.data.partition import partition
 from addax_ds.digest import weights_digest
 from addax_ds.training.metrics import read_metrics
-from addax_ds.training.run import learning_rate, method_name, prepare_inputs
+from addax_ds.training.run import learning_rate, method_name, prepare_inputs, queries_of
 from tests.cli.commands import run
 from tests.training.tiny import HELD_OUT, TRAIN
 
@@ -258,10 +258,12 @@ def test_gradients_that_are_not_finite_are_left_out_and_counted(fit):
 
 
 def test_too_many_spoilt_steps_in_a_row_end_the_run(tiny, tmp_path):
-    ended = run("train", tiny.run_file, "output=out", "alpha=1", "lr=1e38", "steps=40", "max_skipped=3", cwd=tmp_path)
-    assert ended.status == 2
-    assert "3 steps in a row, up to step 4, had losses or gradients that are not finite" in ended.error
-    assert len(read_metrics(tmp_path / "out")) == 4
+    words = ["train", tiny.run_file, "output=out", "alpha=1", "lr=1e38", "steps=40", "max_skipped=3"]
+    for steps in (3, 4):  # a restart is no way round it
+        ended = run(*words, cwd=tmp_path)
+        assert ended.status == 2
+        assert f"{steps} steps in a row, up to step {steps + 1}, had losses or gradients that are not" in ended.error
+        assert len(read_metrics(tmp_path / "out")) == steps + 1
 
 
 def test_completions_are_scored_by_exact_match_and_f1_and_can_be_learnt(fit, tiny):
@@ -290,6 +292,26 @@ def test_completions_are_scored_by_exact_match_and_f1_and_can_be_learnt(fit, tin
 def test_learning_rate_rises_over_the_warm_up_and_then_takes_its_shape(schedule, expected):
     config = RunConfig(lr=2.0, schedule=schedule, warmup_steps=4, steps=8)
     assert [learning_rate(config, step) for step in range(8)] == pytest.approx([2 * x for x in expected])
+
+
+def test_queries_grow_with_the_epoch_by_a_power_law():
+    pools = partition([10] * 8 + [30] * 10, 20)  # ten long samples: three steps of four are an epoch
+    assert [queries_of(RunConfig(queries=3, k0=4), pools, step) for step in (0, 99)] == [3, 3]
+    config = RunConfig(query_schedule=QuerySchedule(alpha=2, beta=0.5, maximum=5), k0=4)
+    counts = [queries_of(config, pools, step) for step in range(36)]
+    expected = [max(min(math.floor(2 * (step // 3) ** 0.5), 5), 1) for step in range(36)]
+    assert counts == expected and set(counts) == {1, 2, 3, 4, 5} and counts == sorted(counts)
+
+
+def test_the_papers_schedule_begins_with_one_query_and_ends_below_its_limit():
+    schedule = QuerySchedule()
+    assert [schedule.queries(epoch) for epoch in (0, 1, 10, 100, 10**6)] == [1, 1, 2, 6, 20]
+
+
+def test_a_run_takes_the_queries_of_its_schedule(fit):
+    done = fit("query_schedule.alpha=2", "query_schedule.beta=0.5", "query_schedule.maximum=3", "steps=8", "k0=40")
+    assert {len(record["g0"]) for record in done.steps} == {1, 2, 3}
+    assert len(done.steps[0]["g0"]) == 1
 
 
 def test_learning_rate_without_warm_up_starts_at_lr_and_a_warm_up_longer_than_the_run_never_reaches_it():

@@ -1,21 +1,30 @@
 """Killed at any instant and started again, a run ends with the weights of one that was never touched."""
 
 import errno
+import importlib.metadata
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
 from dataclasses import dataclass
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from addax_ds.training.checkpoint import complete
+from addax_ds.config import load_run
+from addax_ds.optimizer import Addax
+from addax_ds.training.checkpoint import complete, read_manifest
+from addax_ds.training.folder import versions
 from addax_ds.training.journal import read_journal
 from addax_ds.training.metrics import read_metrics
+from addax_ds.training.state import recorded
 from tests.cli.commands import run
 from tests.launch.processes import ROOT
 from tests.training.dying import PLACES, Death
+from tests.training.tiny import TRAIN
 
 STEPS = ["steps=8", "checkpoint_every=2", "save=false"]
 ENGINES = {
@@ -59,7 +68,8 @@ def test_killed_in_any_place_a_mixed_run_ends_as_if_nothing_had_happened(untouch
     rank = 1 if place in ("probe", "backward", "staging") or (place == "shard" and engine != "replicated") else 0
     killed = run(*words, cwd=tmp_path, ranks=2, before=Death(place, rank, 5))
     assert killed.statuses[rank] == -signal.SIGKILL, "\n".join(killed.errors)
-    assert killed.statuses[1 - rank] not in (0, 2), killed.errors[1 - rank]
+    assert killed.statuses[1 - rank] == 1, killed.errors[1 - rank]
+    assert "another rank has ended or did not answer" in killed.errors[1 - rank]
     assert not (tmp_path / "out" / "summary.json").exists()
     taken = len(read_metrics(tmp_path / "out"))
     resumed = run(*words, cwd=tmp_path, ranks=2).check()
@@ -74,6 +84,113 @@ def test_killed_in_any_place_a_mixed_run_ends_as_if_nothing_had_happened(untouch
     run("replay", "out", cwd=tmp_path).check()
     left = {path.suffix for path in (tmp_path / "out" / "checkpoints").iterdir()}
     assert left == {""} and len(complete(tmp_path / "out" / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("place", ["staging", "shard", "loading"])
+def test_a_rank_that_hangs_while_saving_or_loading_ends_the_others_with_a_cause(tiny, tmp_path, place):
+    words = ["train", tiny.run_file, "output=out", *STEPS, "engine=fsdp", "timeout_minutes=0.2"]
+    if place == "loading":
+        run(*words, cwd=tmp_path, ranks=2, before=Death("journal", 0, 6))
+    stopped = Death(place, 1, 0, signal.SIGSTOP)
+    # The rank that hangs is killed when the other has ended, as a launcher does.
+    result = run(*words, cwd=tmp_path, ranks=2, before=stopped, seconds=60, until=0)
+    assert result.status == 1, result.error
+    assert "another rank has ended or did not answer for 0.2 minutes" in result.error
+    assert "Traceback" not in result.error
+    assert run(*words, cwd=tmp_path, ranks=2).check().output.count("going on after step") == 1
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"), [(0, "before the first step"), (1, "after step 4"), (2, "after step 8")]
+)
+@pytest.mark.parametrize("method", [(), ("alpha=1", "lr=0.01")], ids=["mixed", "zeroth-order"])
+def test_asked_to_end_in_an_evaluation_a_run_saves_at_once(untouched, tiny, tmp_path, method, evaluation, words):
+    method = ("eval_every=4", *method)
+    settings = ["train", tiny.run_file, "output=out", *STEPS, *method]
+    asked = run(*settings, cwd=tmp_path, ranks=2, before=Death("evaluation", 1, evaluation, signal.SIGTERM))
+    assert asked.statuses == [143, 143], asked.errors
+    assert f"asked to end {words}" in asked.error
+    if evaluation:  # and once more in the same one
+        asked = run(*settings, cwd=tmp_path, ranks=2, before=Death("evaluation", 0, 0, signal.SIGTERM))
+        assert asked.statuses == [143, 143] and f"asked to end {words}, and saved" in asked.error
+    run(*settings, cwd=tmp_path, ranks=2).check()
+    expected = untouched("replicated", *method)
+    assert without_times(tmp_path / "out") == without_times(expected)
+    assert [record["step"] for record in read_metrics(expected) if "accuracy" in record] == [4]
+    for key in ("accuracy_before", "accuracy_after", "final_digest"):
+        assert summary(tmp_path / "out")[key] == summary(expected)[key]
+
+
+@pytest.fixture
+def untied(tiny, tmp_path):
+    """A folder with a model that has embeddings of three tokens that no text has."""
+    before = AutoModelForCausalLM.from_pretrained(tiny.model).config
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**before.to_dict(), "tie_word_embeddings": False, "vocab_size": before.vocab_size + 3})
+    )
+    shutil.copytree(tiny.model, tmp_path / "untied")
+    model.save_pretrained(tmp_path / "untied")
+    return tmp_path / "untied"
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp"])
+def test_a_model_with_weights_that_are_not_finite_is_refused(tiny, untied, tmp_path, engine):
+    model = AutoModelForCausalLM.from_pretrained(untied)
+    words = ["train", tiny.run_file, f"model={untied}", "output=out", *STEPS, *ENGINES[engine]]
+    weights = model.get_input_embeddings().weight.data
+    weights[-1, 0] = math.inf
+    model.save_pretrained(untied)
+    refused = run(*words, cwd=tmp_path, ranks=2)
+    assert refused.statuses == [2, 2]
+    assert "model.embed_tokens.weight has weights that are not finite: mend" in refused.error
+    assert "Traceback" not in refused.error and not (tmp_path / "out" / "journal.jsonl").exists()
+    weights[-1, 0] = 1.0
+    model.save_pretrained(untied)
+    run(*words, "steps=1", cwd=tmp_path, ranks=2).check()
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """An embedding that no text has becomes infinite after a step."""
+
+    step: int
+
+    def __call__(self) -> None:
+        original = Addax.train_step
+
+        def overflowing(optimizer, *args, **kwargs):
+            metrics = original(optimizer, *args, **kwargs)
+            if optimizer.steps == self.step:
+                optimizer.engine.shard("model.embed_tokens.weight").local[-1] = math.inf
+            return metrics
+
+        Addax.train_step = overflowing
+
+
+def test_a_checkpoint_that_is_refused_is_told(tiny, untied, tmp_path):
+    words = ["train", tiny.run_file, f"model={untied}", "output=out", *STEPS]
+    done = run(*words, cwd=tmp_path, before=Overflow(3)).check()
+    told = "no checkpoint of step {}: model.embed_tokens.weight has weights that are not finite"
+    assert [step for step in range(1, 9) if told.format(step) in done.output] == [4, 6]
+    assert [path.name for path in complete(tmp_path / "out" / "checkpoints")] == ["step-000002"]
+
+
+def test_asked_to_end_between_spoilt_steps_a_run_keeps_its_good_checkpoint_and_its_count(tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", "lr=1e38", "steps=40", "checkpoint_every=1", "checkpoints_kept=1"]
+    words += ["max_skipped=4"]
+    asked = run(*words, cwd=tmp_path, ranks=2, before=Death("probe", 1, 3, signal.SIGTERM))
+    assert asked.statuses == [143, 143] and "asked to end after step 4, and saved" in asked.error
+    taken = read_metrics(tmp_path / "out")
+    # Spoilt by gradients alone, which the journal does not tell.
+    assert [bool(record["gradients_left_out"]) for record in taken] == [False, True, True, True]
+    assert not any(record["skipped"] for record in taken)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in complete(checkpoints)] == ["step-000004", "step-000001"]
+    ended = run(*words, cwd=tmp_path, ranks=2)
+    assert ended.statuses == [2, 2]
+    assert "4 steps in a row, up to step 5, had losses or gradients that are not" in ended.error
+    assert [path.name for path in complete(checkpoints)] == ["step-000004", "step-000001"]
 
 
 def test_dropout_resumes_with_the_same_masks(tiny, tmp_path):
@@ -102,6 +219,19 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(untouched, tiny, tmp_p
     assert "step-000006 is damaged" in resumed.output and "going on after step 4" in resumed.output
     assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
     run("replay", "out", cwd=tmp_path).check()
+
+
+def test_damaged_metrics_are_told_and_cost_no_step(untouched, tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS]
+    run(*words, cwd=tmp_path, ranks=2, before=Death("journal", 0, 8))
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([*lines[:2], "{" + lines[2], *lines[3:]]))
+    resumed = run(*words, cwd=tmp_path, ranks=2).check()
+    assert "metrics.jsonl has lines of 5 of the 6 steps taken" in resumed.output
+    assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
+    assert [record["step"] for record in read_metrics(tmp_path / "out")] == [1, 2, 4, 5, 6, 7, 8]
+    assert summary(tmp_path / "out")["metrics_lost"] == 1
 
 
 def test_changed_data_is_noticed(tiny, tmp_path):
@@ -176,6 +306,16 @@ def test_a_mixed_run_goes_on_elsewhere_within_rounding(untouched, tiny, tmp_path
         assert after["loss_fo"] == pytest.approx(before["loss_fo"], rel=1e-5)
 
 
+@pytest.mark.parametrize("written", [b"", b'{"journal":2,"tra'])
+def test_a_run_killed_as_it_made_its_journal_starts_again(untouched, tiny, tmp_path, written):
+    words = ["train", tiny.run_file, "output=out", *STEPS]
+    run(*words, cwd=tmp_path, ranks=2, before=Death("backward", 1, 0))
+    (tmp_path / "out" / "journal.jsonl").write_bytes(written)
+    run(*words, cwd=tmp_path, ranks=2).check()
+    assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
+    run("replay", "out", cwd=tmp_path).check()
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(untouched, tiny, tmp_path):
     words = ["train", tiny.run_file, "output=out", *STEPS]
     run(*words, cwd=tmp_path, ranks=2, before=Death("backward", 1, 0))
@@ -200,6 +340,37 @@ def test_a_run_does_not_go_on_with_other_settings(tiny, tmp_path, change, words)
     refused = run(*command, *change, cwd=tmp_path)
     assert refused.status == 2 and words in refused.error
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@dataclass(frozen=True)
+class OtherVersion:
+    """What is installed says that it is of another version."""
+
+    version: str
+
+    def __call__(self) -> None:
+        importlib.metadata.version = lambda _: self.version
+
+
+def test_the_journal_tells_which_versions_took_which_steps(tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS]
+    run(*words, cwd=tmp_path, before=Death("journal", 0, 6))
+    run(*words, cwd=tmp_path, before=OtherVersion("7.8.9")).check()
+    entries = read_journal(tmp_path / "out" / "journal.jsonl")
+    (resumed,) = (event for event in entries.events if "resumed" in event)
+    assert entries.header["versions"] == versions()
+    assert resumed["resumed"] == 4
+    assert resumed["versions"] == {**dict.fromkeys(versions(), "7.8.9"), "python": versions()["python"]}
+
+
+def test_a_checkpoint_tells_the_settings_of_its_run(untouched):
+    folder = untouched("fsdp")
+    config, (newest, _) = load_run(str(folder / "config.yaml"), []), complete(folder / "checkpoints")
+    expected = {"steps": 8, "lr": 0.1, "schedule": "constant", "warmup_steps": 0, "engine": "fsdp", "ranks": 2}
+    expected |= {"k0": 5, "k1": 4, "alpha": 0.01, "train_samples": TRAIN, **recorded(config)}
+    told = read_manifest(newest).run
+    assert {name: told[name] for name in expected} == expected
+    assert told.keys() - expected.keys() == {"data", "before", "journal"}
 
 
 def test_a_finished_run_is_left_alone(untouched, tiny):
