@@ -71,7 +71,7 @@ def bfloat16_step(engine: str) -> None:
         after, config = run.weights(), run.optimizer.config
     from addax_ds.reference import addax_step
 
-    expected, _ = addax_step(wide, [], [fo], loss_for("llama"), config, 0, g0=metrics["g0"])
+    expected, _ = addax_step(wide, [zo], [fo], loss_for("llama"), config, 0, g0=metrics["g0"])
     moved = 0
     for name, weight in after.items():
         step = expected[name] - before[name].float()

@@ -13,7 +13,7 @@ from tests.launch.processes import ROOT
 SCRIPTS = ROOT / "launch" / "reproduce"
 
 
-def script(name, *words, cwd, seconds=400):
+def script(name, *words, cwd, seconds=560):
     variables = environment()
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     command = [sys.executable, str(SCRIPTS / name), *map(str, words)]
@@ -40,6 +40,7 @@ def test_worlds_print_one_table_and_a_second_run_is_the_first_to_the_last_bit(ti
     assert rows == rows_of(second.stdout)
 
 
+@pytest.mark.timeout(600)  # five starts of two ranks each, with other tests on the same cores
 @pytest.mark.parametrize(
     ("launcher", "engine"),
     [
