@@ -120,7 +120,7 @@ class Engine(ABC):
         """Around a forward of the host.
 
         Where it fails, this rank takes part in the gathers that the other ranks still make, and raises
-        `HostForwardError` from the error; or the error at once, where no forward before has shown them.
+        `HostForwardError` from the error. Where no forward before has shown them, all ranks raise at once.
         """
         return ungathered()
 
@@ -172,6 +172,12 @@ class ShardedEngine(Engine):
 
     def host_forward(self) -> contextlib.AbstractContextManager[None]:
         return self._gathers.watched()
+
+    def failed_on(self, failed: bool) -> list[int]:
+        """Ranks that have failed; failed: whether this one has (one all-reduce)."""
+        told = torch.zeros(self.world_size)
+        told[self.rank] = float(failed)
+        return self.sum(told).nonzero().view(-1).tolist()
 
     @abstractmethod
     def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:

@@ -189,7 +189,7 @@ class FSDP(ShardedEngine):
             self._hooked[name] = parameter
             # FSDP2 itself calls these hooks of the sharded parameter right after the reduce-scatter.
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take(name, on_gradient)))
-        self._gathers = HostForward(self.model, self._own_hooks(), gathered)
+        self._gathers = HostForward(self.model, self._own_hooks(), gathered, self.failed_on)
 
     def _own_hooks(self) -> list[Any]:
         """FSDP2's own around forwards."""

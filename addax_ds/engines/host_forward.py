@@ -25,16 +25,28 @@ def ungathered() -> Iterator[None]:
         raise HostForwardError from error
 
 
+class _FailedElsewhereError(RuntimeError):
+    """Raised where ranks agree that a forward has failed on another one."""
+
+
 class HostForward:
     """Notes in which order forwards of the host enter and leave the modules that the engine has hooked.
 
     A forward that fails is finished by calling the engine's hooks alone, in the order of the last forward
-    that came to its end. hooks: of every `forward` that the engine gathers or releases weights around.
-    gathered: called after the hooks before a forward.
+    that came to its end. Until one has, nobody knows that order: ranks agree before each gather that none
+    of them has failed. hooks: of every `forward` that the engine gathers or releases weights around.
+    gathered: called after the hooks before a forward. failed_on: tells whether this rank has failed and
+    returns those that have (a collective).
     """
 
-    def __init__(self, model: nn.Module, hooks: Iterable[RemovableHandle], gathered: Callable[[], None]) -> None:
-        self._gathered = gathered
+    def __init__(
+        self,
+        model: nn.Module,
+        hooks: Iterable[RemovableHandle],
+        gathered: Callable[[], None],
+        failed_on: Callable[[bool], list[int]],
+    ) -> None:
+        self._gathered, self._failed_on = gathered, failed_on
         self._hooks = {hook.id for hook in hooks}
         self._modules = {
             path: module for path, module in model.named_modules() if self._hooks & module._forward_pre_hooks.keys()
@@ -45,6 +57,7 @@ class HostForward:
         for path, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._note(path, True)))
             self._handles.append(module.register_forward_hook(self._note(path, False)))
+            self._handles.append(module.register_forward_pre_hook(self._agree, prepend=True))
 
     def _note(self, path: str, entered: bool) -> Callable[..., None]:
         @torch.compiler.disable
@@ -54,6 +67,16 @@ class HostForward:
 
         return hook
 
+    @torch.compiler.disable
+    def _agree(self, *_: Any) -> None:
+        """Before the hooks of the first forward: raises where a rank has failed.
+
+        At modules without weights, too: DeepSpeed notes the order in which a forward enters all of them, and
+        takes no other from any rank.
+        """
+        if self._seen is not None and not self._whole and (ranks := self._failed_on(False)):
+            raise _FailedElsewhereError(f"a forward failed on rank {ranks[0]}, which says why: no rank takes this step")
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """See `Engine.host_forward`."""
@@ -61,10 +84,18 @@ class HostForward:
         self._seen = seen
         try:
             yield
+            self._agree()  # what comes after the last gather may have failed, too
             self._whole = seen
+        except _FailedElsewhereError:
+            raise
         except Exception as error:
             self._seen = None
-            if is_of_another_rank(error) or not self._whole or self._whole[: len(seen)] != seen:
+            if is_of_another_rank(error):
+                raise
+            if not self._whole:
+                self._failed_on(True)
+                raise
+            if self._whole[: len(seen)] != seen:
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the activations, and guests go on
             self._finish(self._whole[len(seen) :])

@@ -122,7 +122,7 @@ class Zero3(ShardedEngine):
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._reduce(name, on_gradient)))
 
         hooks = [self._offload.fwd_pre_hook, *self._offload.forward_hooks]
-        self._gathers = HostForward(self.model, hooks, gathered)
+        self._gathers = HostForward(self.model, hooks, gathered, self.failed_on)
 
     def _reduce(self, name: str, on_gradient: OnGradient) -> Callable[[Any], None]:
         def hook(parameter: Any) -> None:

@@ -287,15 +287,17 @@ def twice(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return scaled_loss(model, batch) + scaled_loss(model, {**batch, "input_ids": batch["input_ids"].flip(0)})
 
 
-def the_host_fails_on_one_rank(engine: str, name: str, fo_micro_batch: int, calls: int, **options) -> None:
+def the_host_fails_on_one_rank(
+    engine: str, name: str, fo_micro_batch: int, calls: int, at_first: bool, **options
+) -> None:
     loss = {1: scaled_loss, 2: twice}[calls]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     good = [(poisoned(4, 12, None, i), poisoned(4, 6, None, i)) for i in range(2)]
     digests = []
     for places in ((), ("before", "model.embed_tokens", "model.layers.0", "model.layers.1.mlp", "lm_head", "after")):
         with running(engine, build_model(name), fo_micro_batch=fo_micro_batch, **options) as run:
-            # What the forwards of the other ranks gather is known from a step before.
-            run.train_step(*good[0], loss)
+            if not at_first:  # what the forwards of the other ranks gather is known from a step before
+                run.train_step(*good[0], loss)
             before = run.digest()
             for place in places:
                 for sample in (0, 3):  # the first of its rounds, and the last
@@ -331,8 +333,11 @@ PREFETCHING = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_
     indirect=["world"],
     ids=str,
 )
-def test_a_host_that_fails_on_one_rank_fails_the_step_on_all(world: World, cell: dict):
-    world.run(the_host_fails_on_one_rank, **{"name": MODEL, "fo_micro_batch": 2, "calls": 1, **cell})
+@pytest.mark.parametrize("at_first", [False, True])
+def test_a_host_that_fails_on_one_rank_fails_the_step_on_all(world: World, cell: dict, at_first: bool):
+    world.run(
+        the_host_fails_on_one_rank, **{"name": MODEL, "fo_micro_batch": 2, "calls": 1, "at_first": at_first, **cell}
+    )
 
 
 def loss_with_a_broken_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
