@@ -25,7 +25,7 @@ from addax_ds.core.atomic import Owner, held_together
 from addax_ds.core.kernels import perturb
 from addax_ds.core.moved import Moved, is_made_where_read
 from addax_ds.core.plain import Perturbation
-from addax_ds.core.scratch import Scratch
+from addax_ds.core.scratch import Scratch, aligned
 from addax_ds.core.skeleton import duplicate, link_buffers, owned_weights
 
 
@@ -400,6 +400,8 @@ class Lanes:
                     moving.append((weights, local, name))
                 elif owner.path in self._enclosing:
                     weights[local] = weight.clone()
+                else:
+                    weights[local] = aligned(weight)
             fetched.append(weights)
         if moving:
             copies = self._copies_at(point, path, {name: weights[local] for weights, local, name in moving})

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 from addax_ds.core.kernels import perturb, perturb_rows
 from addax_ds.core.plain import Perturbation
+from addax_ds.core.scratch import aligned
 
 # Elements of a head's weight that are made at a time: few enough to be used again from the cache
 # and to cost no fresh pages, enough for a product at full speed.
@@ -68,7 +69,7 @@ class Moved(torch.Tensor):
     def _rows(self, begin: int, end: int) -> torch.Tensor:
         weight, name, point = self._of
         if not point.sign:
-            return weight[begin:end]
+            return aligned(weight[begin:end])
         out = torch.empty_like(weight[begin:end], memory_format=torch.contiguous_format)
         plus, minus = (out, None) if point.sign > 0 else (None, out)
         perturb(weight[begin:end], begin * (weight.numel() // weight.shape[0]), plus, minus, name, point)

@@ -8,6 +8,11 @@ import torch
 _ALIGNMENT = 64  # bytes, as torch aligns its own tensors: matrix products may round otherwise
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where its memory begins otherwise than torch's own: in a mapped file, within another."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
 class Scratch:
     """One block of memory per device and dtype, as large as the largest module asked for."""
 

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from addax_ds.adapters.choose import adapt
 from addax_ds.config import AddaxConfig, RunConfig
+from addax_ds.core.scratch import aligned
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
 from addax_ds.engines.cpu_op import build_cpu_op
 from addax_ds.engines.fsdp import shard
@@ -166,7 +167,7 @@ def read_ds_config(config: RunConfig) -> dict[str, Any]:
         raise UserError(f"ds_config {path}: not JSON: {error}") from None
     if not isinstance(ds_config, dict):
         raise UserError(f"ds_config {path}: a DeepSpeed configuration is an object in braces")
-    for key in ("optimizer", "bf16", "zero_optimization"):
+    for key in ("optimizer", "bf16", "fp16", "zero_optimization"):
         if not isinstance(ds_config.get(key, {}), dict):
             raise UserError(f"ds_config {path}: {key} is {ds_config[key]!r}: it must be an object in braces")
     kind = ds_config.get("optimizer", {}).get("type", "Addax")
@@ -174,6 +175,8 @@ def read_ds_config(config: RunConfig) -> dict[str, Any]:
         raise UserError(f'ds_config {path}: optimizer type is {kind}: set it to "Addax" or remove it')
     if "scheduler" in ds_config:
         raise UserError(f"ds_config {path}: a run has its own schedule: remove scheduler, set schedule")
+    if ds_config.get("fp16", {}).get("enabled"):
+        raise UserError(f"ds_config {path}: fp16 would need a loss scale: use bf16, with dtype=bfloat16")
     wants_bf16 = bool(ds_config.get("bf16", {}).get("enabled", config.dtype == "bfloat16"))
     if wants_bf16 != (config.dtype == "bfloat16"):
         raise UserError(f"ds_config {path}: bf16.enabled is {wants_bf16} but dtype is {config.dtype}: make them agree")
@@ -220,4 +223,6 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimi
         shard(model, init_device_mesh(world.device.type, shape, mesh_dim_names=names))
     else:
         model.to(world.device)
+        for parameter in model.parameters():  # out of the file that is mapped, at which each guest would copy them
+            parameter.data = aligned(parameter.data)
     return Addax(model, **hyperparameters(config))

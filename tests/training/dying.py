@@ -61,9 +61,17 @@ class Death:
         self._before(Addax, "train_step", lambda: next(steps) == self.time and self._die_in(owner, name, times))
 
     def _in_journal(self) -> None:
+        from addax_ds.training.checkpoint import Checkpoints
         from addax_ds.training.journal import Journal
 
-        original = Journal.step
+        original, save = Journal.step, Checkpoints.save
+
+        def saving(checkpoints, *args, **kwargs):  # to its end, so that what is left does not depend on time
+            digest = save(checkpoints, *args, **kwargs)
+            checkpoints._writing.result()
+            return digest
+
+        Checkpoints.save = saving
 
         def dying(journal, record):
             if record.step == self.time:
