@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, ValidationError
+from pydantic import BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from addax_ds.errors import UserError
 
@@ -227,10 +228,34 @@ class QuerySchedule:
         return max(int(min(self.alpha * epoch**self.beta, self.maximum)), 1)
 
 
+BASELINES = ("sgd", "adamw")
+"""Methods with an optimizer of torch's or DeepSpeed's."""
+
+_ALL_DATA: dict[str, Any] = {"lt": "none"}
+_USUAL = {**_ALL_DATA, "schedule": "linear", "checkpoint_every": 0}
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "addax": ({}, {}),
+    "addax-wa": ({"lt": "none"}, {}),
+    "mezo": ({"alpha": 1.0}, _ALL_DATA),
+    "ip-sgd": ({"alpha": 0.0}, _ALL_DATA),
+    "sgd": ({"alpha": 0.0}, _USUAL),
+    "adamw": ({"alpha": 0.0}, _USUAL),
+    "zero-shot": ({"steps": 0}, {**_ALL_DATA, "save": False}),
+}
+"""What each method says of other settings, and their defaults with it."""
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig(AddaxConfig):
     """One fine-tuning run: what the YAML file of `addax-ds train` holds."""
 
+    method: str | None = None
+    """addax, addax-wa, mezo, ip-sgd; sgd and adamw, of torch (FSDP2, replicated) or of DeepSpeed; zero-shot, which
+    measures the model as it is. It sets alpha, lt and schedule; without it they say what the method is."""
+    momentum: float = 0.9
+    """Of method sgd."""
+    max_grad_norm: float = 1.0
+    """Global norm to which sgd and adamw clip gradients; 0 clips none."""
     model: str = "smollm2-135m"
     """Embedded model by name, local folder, or hub id."""
     adapter: AdapterConfig | None = None
@@ -271,7 +296,7 @@ class RunConfig(AddaxConfig):
     replicas: int = 1
     """FSDP: copies of the sharded model; above 1 is HSDP."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
+    """Type of the weights; sgd and adamw compute in it and keep float32 weights beside."""
     activation_checkpointing: bool = False
     """Recompute activations of each block in the first-order backward."""
     eval_every: int = 0
@@ -291,6 +316,31 @@ class RunConfig(AddaxConfig):
     timeout_minutes: float = 10.0
     """How long ranks wait for one that does not answer before the run ends. Longer than the longest step or save."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_method(cls, given: Any) -> Any:
+        values = dict((given.kwargs if isinstance(given, ArgsKwargs) else given) or {})
+        says, defaults = METHODS.get(str(values.get("method")), ({}, {}))
+        for name, value in says.items():
+            if name in values and values[name] != value:
+                raise UserError(f"method {values['method']} means {name}: {value}, and {name} is {values[name]}")
+        return {**defaults, **values, **says}
+
+    @property
+    def method_name(self) -> str:
+        """The papers' name of what the settings amount to."""
+        if self.method is not None:
+            return self.method
+        if self.alpha in (0, 1):
+            return "mezo" if self.alpha else "ip-sgd"
+        return "addax-wa" if self.lt == "none" else "addax"
+
+    @property
+    def weights_dtype(self) -> str:
+        """Type in which the model is loaded: torch's mixed precision casts float32 weights as they are gathered."""
+        is_cast = self.method in BASELINES and self.adapter is None and self.engine != "deepspeed"
+        return "float32" if is_cast else self.dtype
+
     @property
     def zo_sizes(self) -> tuple[int, ...]:
         """Samples of each zeroth-order micro-batch of a step."""
@@ -298,8 +348,10 @@ class RunConfig(AddaxConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = "k0 k1 steps eval_samples replicas eval_micro_batch checkpoints_kept max_skipped"
-        for name in counts.split():
+        if self.method is not None and self.method not in METHODS:
+            raise UserError(f"method is {self.method}{nearest(self.method, [*METHODS])}")
+        counts = ["k0", "k1", "eval_samples", "replicas", "eval_micro_batch", "checkpoints_kept", "max_skipped"]
+        for name in counts if self.method == "zero-shot" else [*counts, "steps"]:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
         for name in ("warmup_steps", "eval_every", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
@@ -321,6 +373,20 @@ class RunConfig(AddaxConfig):
             "adapter_weights without adapter: say of what kind they are, for example adapter.kind=lora",
         )
         _require(self.replicas == 1 or self.engine == "fsdp", "replicas above 1 needs engine: fsdp")
+        if self.method in ("addax", "addax-wa"):
+            _require(0 < self.alpha < 1, f"method {self.method} takes alpha between 0 and 1, and it is {self.alpha}")
+        _require(
+            self.method != "addax" or self.lt != "none", "method addax without lt is addax-wa: name that, or set lt"
+        )
+        _require(0 <= self.momentum < 1, f"momentum is {self.momentum}: it must lie in [0, 1)")
+        _require(
+            0 <= self.max_grad_norm < math.inf,
+            f"max_grad_norm is {self.max_grad_norm}: it must be 0 or more, and finite",
+        )
+        _require(
+            self.method not in BASELINES or self.checkpoint_every == 0,
+            f"method {self.method} keeps no checkpoints: set checkpoint_every: 0",
+        )
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -358,7 +424,8 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 def load_run(path: str | None, overrides: list[str]) -> RunConfig:
     """The run that a YAML file describes, with `key=value` overrides on top.
 
-    `task.prompt=...` reaches into the task. Raises `UserError` for a missing or unreadable file,
+    `task.prompt=...` reaches into the task; `method=...` takes the place of what the file says of the settings
+    that it sets. Raises `UserError` for a missing or unreadable file,
     an unknown key (naming the nearest) and every value out of range.
     """
     values: dict[str, Any] = {}
@@ -372,23 +439,32 @@ def load_run(path: str | None, overrides: list[str]) -> RunConfig:
         if not isinstance(loaded, dict | None):
             raise UserError(f"{path}: a run file is a mapping of settings")
         values = loaded or {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"{override}: overrides are written key=value")
-        try:
-            value = parse_value(text)
-        except _NOT_YAML:
-            raise UserError(f"{override}: the value is not YAML: quote it, as in {key}='\"...\"'") from None
+    given = [_parsed(override) for override in overrides]
+    for method in (value for key, value in given if key == "method"):
+        # The file's settings were for another method.
+        for settings in METHODS.get(str(method), ()):
+            values = {name: value for name, value in values.items() if name not in settings}
+    for key, value in given:
         outer, dot, inner = key.partition(".")
         if dot:
             group = values.get(outer) or {}
             if not isinstance(group, dict):
-                raise UserError(f"{override}: {outer} is no group of settings")
+                raise UserError(f"{key}={value}: {outer} is no group of settings")
             values[outer] = {**group, inner: value}
         else:
             values[key] = value
     return build(RunConfig, values, path or "command line")
+
+
+def _parsed(override: str) -> tuple[str, Any]:
+    """Key and value of `key=value`."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"{override}: overrides are written key=value")
+    try:
+        return key, parse_value(text)
+    except _NOT_YAML:
+        raise UserError(f"{override}: the value is not YAML: quote it, as in {key}='\"...\"'") from None
 
 
 def parse_value(text: str) -> Any:

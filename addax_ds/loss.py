@@ -80,4 +80,5 @@ def _logits_at(model: nn.Module, inputs: Mapping[str, torch.Tensor], columns: to
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether the model can compute logits at chosen positions (most Hugging Face decoders)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    inside = getattr(model, "module", model)  # a DeepSpeed engine's forward takes anything
+    return "logits_to_keep" in inspect.signature(inside.forward).parameters

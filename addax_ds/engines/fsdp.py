@@ -32,10 +32,15 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
     units of their own, modules with tied weights one unit together. Raises `UserError` where the
     model is already wrapped, or the mesh or an option would give wrong numbers.
     """
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise UserError("the model is already wrapped by fully_shard: give addax_ds.shard the plain model")
     if "mp_policy" in fully_shard_options:
         raise UserError("mp_policy would not cast zeroth-order forwards: load the model in bfloat16 instead")
+    return wrap(model, mesh, **fully_shard_options)
+
+
+def wrap(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Module:
+    """See `shard`; with an `mp_policy` for first-order training alone."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UserError("the model is already wrapped by fully_shard: give addax_ds.shard the plain model")
     if mesh.size() != dist.get_world_size() or mesh.ndim > 2:
         raise UserError("the mesh must hold every rank in one dimension, or two (replicate, shard)")
     if "shard_placement_fn" in fully_shard_options or any(isinstance(p, DTensor) for p in model.parameters()):

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import os.path
 import pickle
 import textwrap
@@ -16,15 +17,21 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from addax_ds.adapters.choose import adapt
-from addax_ds.config import AddaxConfig, RunConfig
+from addax_ds.baselines import Baseline, DeepSpeedBaseline, TorchBaseline
+from addax_ds.config import BASELINES, AddaxConfig, RunConfig
 from addax_ds.core.scratch import aligned
+from addax_ds.core.skeleton import strip
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
+from addax_ds.engines.base import Engine
+from addax_ds.engines.choose import choose_engine
 from addax_ds.engines.cpu_op import build_cpu_op
-from addax_ds.engines.fsdp import shard
+from addax_ds.engines.fsdp import wrap
+from addax_ds.engines.replicated import Replicated
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.world import World
@@ -32,8 +39,10 @@ from addax_ds.training.world import World
 if TYPE_CHECKING:
     from addax_ds.engines.deepspeed_plugin import DeepSpeedAddax
 
-Optimizer: TypeAlias = "Addax | DeepSpeedAddax"
+Optimizer: TypeAlias = "Addax | DeepSpeedAddax | Baseline"
 """What a run steps and evaluates with."""
+
+_OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}  # DeepSpeed's names
 
 # Types that AutoModelForCausalLM loads though they attend both ways.
 ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "megatron-bert", "roformer")
@@ -74,7 +83,7 @@ def context_length(location: str) -> int:
 def load_model(location: str, config: RunConfig) -> nn.Module:
     """The model in the run's dtype, on the CPU, with the run's adapters."""
     transformers_logging.disable_progress_bar()  # one bar a rank would garble the terminal
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.weights_dtype)
     _check_stays_inside(location)
     for attention in _attentions(_from_pretrained(AutoConfig, location)):
         if "/" in attention:  # a kernel of the hub: code that is downloaded and run
@@ -156,8 +165,8 @@ def accepted(model: nn.Module) -> frozenset[str]:
     return names - {"position_ids"} if hasattr(model, "prompt_encoder") else names
 
 
-def read_ds_config(config: RunConfig) -> dict[str, Any]:
-    """The run's DeepSpeed configuration, with the run's hyper-parameters for Addax and its dtype."""
+def read_ds_config(config: RunConfig, optimizer: str = "Addax") -> dict[str, Any]:
+    """The run's DeepSpeed configuration, with the run's hyper-parameters for an optimizer and its dtype."""
     path = config.ds_config or ""
     try:
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -170,9 +179,11 @@ def read_ds_config(config: RunConfig) -> dict[str, Any]:
     for key in ("optimizer", "bf16", "fp16", "zero_optimization"):
         if not isinstance(ds_config.get(key, {}), dict):
             raise UserError(f"ds_config {path}: {key} is {ds_config[key]!r}: it must be an object in braces")
+    # A configuration for Addax serves its baselines, too.
+    fitting = _OPTIMIZERS.get(config.method_name, "Addax")
     kind = ds_config.get("optimizer", {}).get("type", "Addax")
-    if kind != "Addax":
-        raise UserError(f'ds_config {path}: optimizer type is {kind}: set it to "Addax" or remove it')
+    if kind not in ("Addax", fitting):
+        raise UserError(f'ds_config {path}: optimizer type is {kind}: set it to "{fitting}" or remove it')
     if "scheduler" in ds_config:
         raise UserError(f"ds_config {path}: a run has its own schedule: remove scheduler, set schedule")
     if ds_config.get("fp16", {}).get("enabled"):
@@ -180,10 +191,18 @@ def read_ds_config(config: RunConfig) -> dict[str, Any]:
     wants_bf16 = bool(ds_config.get("bf16", {}).get("enabled", config.dtype == "bfloat16"))
     if wants_bf16 != (config.dtype == "bfloat16"):
         raise UserError(f"ds_config {path}: bf16.enabled is {wants_bf16} but dtype is {config.dtype}: make them agree")
+    ds_config["bf16"] = {**ds_config.get("bf16", {}), "enabled": wants_bf16}
+    if optimizer == "Addax":
+        return {**ds_config, "optimizer": {"type": optimizer, "params": hyperparameters(config)}}
+    ds_config.pop("train_batch_size", None)  # which follows from what is set here
+    rates = {"lr": config.lr, "weight_decay": config.weight_decay}
+    more = {"momentum": config.momentum} if optimizer == "SGD" else {"torch_adam": True}
     return {
         **ds_config,
-        "optimizer": {"type": "Addax", "params": hyperparameters(config)},
-        "bf16": {"enabled": wants_bf16},
+        "optimizer": {"type": optimizer, "params": {**rates, **more}},
+        "gradient_clipping": config.max_grad_norm,
+        "train_micro_batch_size_per_gpu": config.fo_micro_batch,
+        "zero_allow_untested_optimizer": True,
     }
 
 
@@ -193,26 +212,41 @@ def hyperparameters(config: RunConfig) -> dict[str, Any]:
 
 
 def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimizer:
-    """Put the model on the run's engine and return its optimizer."""
+    """Put the model on the run's engine and return the optimizer of its method."""
+    if config.method is None or config.method not in BASELINES:
+        return build_addax(model, config, world)
+    common = {"fo_micro_batch": config.fo_micro_batch, "seed": config.seed, "with_dropout": config.dropout}
     if config.engine == "deepspeed":
-        # Imported here: DeepSpeed is an extra, and its import takes seconds.
-        try:
-            import deepspeed
-        except ImportError:
-            raise UserError("engine: deepspeed needs DeepSpeed: pip install 'addax-ds[deepspeed]'") from None
-        deepspeed.utils.logger.setLevel(logging.WARNING)
-        ds_config = read_ds_config(config)
-        if world.local_rank == 0:
-            build_cpu_op()
-        dist.barrier()
-        # Its faults come as assertions and validation errors, told from a crash only here.
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        try:
-            deepspeed.DeepSpeedConfig(ds_config)
-        except Exception as error:
-            raise UserError(f"ds_config {config.ds_config}: DeepSpeed does not take it: {error}") from None
-        _, optimizer, _, _ = deepspeed.initialize(model=model, config=ds_config)
-        return optimizer
+        skeleton = strip(model)
+        rounds = math.ceil(math.ceil(config.k1 / config.fo_micro_batch) / world.size)
+        ds_config = {**read_ds_config(config, _OPTIMIZERS[config.method]), "gradient_accumulation_steps": rounds}
+        made = _initialize_deepspeed(model, ds_config, config, world)
+        return DeepSpeedBaseline(_held_by_deepspeed(made, skeleton), made, rounds, **common)
+    computes_in_bfloat16 = config.dtype != config.weights_dtype
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    _place(model, config, world, **({"mp_policy": policy} if computes_in_bfloat16 else {}))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if config.method == "sgd":
+        optimizer = torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    autocast = computes_in_bfloat16 and config.engine == "replicated"
+    return TorchBaseline(choose_engine(model), optimizer, config.max_grad_norm, autocast, **common)
+
+
+def build_addax(model: nn.Module, config: RunConfig, world: World) -> "Addax | DeepSpeedAddax":
+    """Put the model on the run's engine and return Addax, which also scores what others have trained."""
+    if config.engine == "deepspeed":
+        return _initialize_deepspeed(
+            model, read_ds_config(dataclasses.replace(config, method=None)), config, world
+        ).optimizer
+    _place(model, config, world)
+    return Addax(model, **hyperparameters(config))
+
+
+def _place(model: nn.Module, config: RunConfig, world: World, **options: Any) -> None:
+    """Shard the model, or move it to the device."""
     if config.engine == "fsdp":
         if world.size % config.replicas:
             raise UserError(f"replicas={config.replicas} does not divide the {world.size} ranks: choose a divisor")
@@ -220,9 +254,40 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimi
         names: tuple[str, ...] = ("shard",)
         if config.replicas > 1:
             shape, names = (config.replicas, world.size // config.replicas), ("replicate", "shard")
-        shard(model, init_device_mesh(world.device.type, shape, mesh_dim_names=names))
-    else:
-        model.to(world.device)
-        for parameter in model.parameters():  # out of the file that is mapped, at which each guest would copy them
-            parameter.data = aligned(parameter.data)
-    return Addax(model, **hyperparameters(config))
+        wrap(model, init_device_mesh(world.device.type, shape, mesh_dim_names=names), **options)
+        return
+    model.to(world.device)
+    for parameter in model.parameters():  # out of the file that is mapped, at which each guest would copy them
+        parameter.data = aligned(parameter.data)
+
+
+def _initialize_deepspeed(model: nn.Module, ds_config: dict[str, Any], config: RunConfig, world: World) -> Any:
+    """The DeepSpeed engine around the model."""
+    # Imported here: DeepSpeed is an extra, and its import takes seconds.
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("engine: deepspeed needs DeepSpeed: pip install 'addax-ds[deepspeed]'") from None
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if world.local_rank == 0:
+        build_cpu_op()
+    dist.barrier()
+    # Its faults come as assertions and validation errors, told from a crash only here.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    try:
+        deepspeed.DeepSpeedConfig(ds_config)
+    except Exception as error:
+        raise UserError(f"ds_config {config.ds_config}: DeepSpeed does not take it: {error}") from None
+    engine, _, _, _ = deepspeed.initialize(model=model, config=ds_config)
+    return engine
+
+
+def _held_by_deepspeed(made: Any, skeleton: nn.Module) -> Engine:
+    """What holds the weights of a DeepSpeed engine with an optimizer of its own."""
+    if made.zero_optimization_stage() == 3:
+        from addax_ds.engines.zero3 import Zero3
+
+        return Zero3(made.module, skeleton, made.optimizer.parameter_offload, made.device)
+    held = Replicated(made.module, skeleton)
+    held.name = f"zero{int(made.zero_optimization_stage())}"
+    return held

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from addax_ds.baselines import Baseline
 from addax_ds.config import RunConfig, TaskConfig
 from addax_ds.data.batches import Batch, batch_indices, micro_batches
 from addax_ds.data.partition import Partition, check_pools, partition
@@ -31,6 +32,7 @@ from addax_ds.training.folder import SUMMARY, can_resume, finished, open_folder
 from addax_ds.training.metrics import read_metrics, write_json
 from addax_ds.training.models import (
     accepted,
+    build_addax,
     build_optimizer,
     context_length,
     load_model,
@@ -40,6 +42,7 @@ from addax_ds.training.models import (
 )
 from addax_ds.training.preemption import Request, requests
 from addax_ds.training.state import RunState
+from addax_ds.training.unsaved import UnsavedState
 from addax_ds.training.wire import WireCounter
 from addax_ds.training.world import World, joined, limit_waiting
 
@@ -126,7 +129,11 @@ def _train(
     loss_fn = choice_loss if prepared.task.labels else token_loss
     data = _digest_of(prepared.train)
     limit_waiting(config.timeout_minutes)
-    state = RunState(config, folder, optimizer, data, len(prepared.train), resuming, say)
+    state: RunState | UnsavedState
+    if isinstance(optimizer, Baseline):
+        state = UnsavedState(config, folder, optimizer, say)
+    else:
+        state = RunState(config, folder, optimizer, data, len(prepared.train), resuming, say)
     try:
         before = state.before or score()
     except EvaluationStoppedError:
@@ -150,7 +157,7 @@ def _train(
                 metrics = optimizer.train_step(zo, fo, loss_fn)
         else:
             metrics = optimizer.train_step(zo, fo, loss_fn)
-        if step == first and config.perturb == "auto":
+        if step == first and config.perturb == "auto" and optimizer.placement:
             say(f"perturb: {optimizer.placement} ({optimizer.placement_reason})")
         elapsed = time.monotonic() - begun
         tokens = _tokens(zo) * 2 * optimizer.queries + _tokens(fo)
@@ -161,7 +168,7 @@ def _train(
     progress.close()
 
     try:
-        after = score()
+        after = score() if config.steps else before
     except EvaluationStoppedError:
         state.end_early()
     say(f"after: {metric} {after[metric]:.3f}")
@@ -180,7 +187,7 @@ def _train(
     def summarize() -> dict[str, Any]:
         records = read_metrics(folder)
         summary = {
-            "method": method_name(config),
+            "method": config.method_name,
             "engine": engine.name,
             "world_size": world.size,
             "steps": config.steps,
@@ -291,15 +298,6 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return config.lr * shapes[config.schedule](progress)
 
 
-def method_name(config: RunConfig) -> str:
-    """The papers' name of what the settings amount to."""
-    if config.alpha == 0:
-        return "ip-sgd"
-    if config.alpha == 1:
-        return "mezo"
-    return "addax-wa" if config.lt == "none" else "addax"
-
-
 def peak_memory(world: World) -> int:
     """Most bytes this rank has held: of the GPU's memory, or resident without one."""
     if world.device.type == "cuda":
@@ -314,7 +312,7 @@ def score_only(config: RunConfig) -> dict[str, Any] | None:
     with joined() as world:
         model = load_model(prepared.location, config)
         inputs = accepted(model)
-        optimizer = build_optimizer(model, config, world)
+        optimizer = build_addax(model, config, world)
         scores = evaluate(
             optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens
         )

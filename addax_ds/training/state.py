@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -13,13 +13,16 @@ from addax_ds.config import RunConfig
 from addax_ds.core.kernels import noise
 from addax_ds.digest import weights_digest
 from addax_ds.errors import PreemptedError, UserError
+from addax_ds.optimizer import Addax
 from addax_ds.training.agreement import agree, from_main
 from addax_ds.training.checkpoint import Checkpoints, Manifest, UnusableError, complete, not_finite
 from addax_ds.training.evaluation import EvaluationStoppedError
 from addax_ds.training.folder import CHECKPOINTS, JOURNAL, versions
 from addax_ds.training.journal import Entries, Journal, Record, is_begun, read_journal
 from addax_ds.training.metrics import METRICS, MetricsWriter, read_metrics
-from addax_ds.training.models import Optimizer
+
+if TYPE_CHECKING:
+    from addax_ds.engines.deepspeed_plugin import DeepSpeedAddax
 
 # What a replay needs and an audit compares; everything else of a step stands in its line.
 _RECORDED = (
@@ -40,7 +43,7 @@ class RunState:
         self,
         config: RunConfig,
         folder: Path,
-        optimizer: Optimizer,
+        optimizer: "Addax | DeepSpeedAddax",
         data: str,
         train_samples: int,
         resuming: bool,

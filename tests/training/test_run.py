@@ -17,7 +17,7 @@ from addax_ds.data.batches import batch_indices
 from addax_ds.data.partition import partition
 from addax_ds.digest import weights_digest
 from addax_ds.training.metrics import read_metrics
-from addax_ds.training.run import learning_rate, method_name, prepare_inputs, queries_of
+from addax_ds.training.run import learning_rate, prepare_inputs, queries_of
 from tests.cli.commands import run
 from tests.training.tiny import HELD_OUT, TRAIN
 
@@ -332,7 +332,7 @@ def test_learning_rate_without_warm_up_starts_at_lr_and_a_warm_up_longer_than_th
     ],
 )
 def test_a_run_carries_the_papers_name_of_its_method(settings, name):
-    assert method_name(RunConfig(**settings)) == name
+    assert RunConfig(**settings).method_name == name
 
 
 def test_samples_and_batches_of_a_seed_stay_what_they_are(tiny):

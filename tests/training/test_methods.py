@@ -1,0 +1,172 @@
+"""Runs of every method: what a name sets, and baselines that take the same steps on every engine."""
+
+import math
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from addax_ds.config import METHODS, RunConfig, load_run
+from addax_ds.data.partition import partition
+from addax_ds.errors import UserError
+from addax_ds.loss import choice_loss
+from addax_ds.training.metrics import read_json, read_metrics
+from addax_ds.training.run import prepare_inputs, step_batches, step_samples
+from tests.cli.commands import run
+from tests.launch.processes import ROOT
+from tests.training.dying import Death
+
+ZERO = ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / 'zero3.json'}"]
+ZERO2 = ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / 'zero2.json'}"]
+ENGINES = {"replicated": [], "fsdp": ["engine=fsdp"], "zero2": ZERO2, "zero3": ZERO}
+RATES = {"sgd": "lr=0.05", "adamw": "lr=3e-3"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_sets_what_it_means_and_goes_by_its_name(method):
+    config = RunConfig(method=method)
+    assert config.method_name == method
+    if method not in ("sgd", "adamw", "zero-shot"):  # a run without the name is the same
+        assert RunConfig(alpha=config.alpha, lt=config.lt).method_name == method
+    assert RunConfig(method="mezo", lt=30).lt == 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "adam"}, "method is adam, did you mean adamw?"),
+        ({"method": "mezo", "alpha": 0.5}, "method mezo means alpha: 1.0, and alpha is 0.5"),
+        ({"method": "addax-wa", "lt": 30}, "method addax-wa means lt: none, and lt is 30"),
+        ({"method": "addax", "alpha": 1}, "method addax takes alpha between 0 and 1, and it is 1.0"),
+        ({"method": "addax", "lt": "none"}, "method addax without lt is addax-wa"),
+        ({"method": "adamw", "checkpoint_every": 5}, "adamw keeps no checkpoints"),
+        ({"method": "sgd", "momentum": 1}, "momentum is 1"),
+        ({"method": "sgd", "max_grad_norm": -1}, "max_grad_norm is -1"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_what_contradicts_a_method_is_refused(settings, words):
+    with pytest.raises((UserError, ValueError), match=words):
+        RunConfig(**settings)
+
+
+def test_a_method_on_the_command_line_takes_the_place_of_what_the_file_says(tmp_path):
+    (tmp_path / "run.yaml").write_text("{alpha: 0.1, lt: 24, lr: 0.5, steps: 7}")
+
+    def loaded(*overrides):
+        config = load_run(str(tmp_path / "run.yaml"), [*overrides])
+        return config.alpha, config.lt, config.lr, config.steps
+
+    assert loaded() == (0.1, 24, 0.5, 7)
+    assert loaded("method=addax") == (0.1, 24, 0.5, 7)
+    assert loaded("method=ip-sgd") == (0, "none", 0.5, 7)
+    assert loaded("lt=30", "method=ip-sgd") == loaded("method=ip-sgd", "lt=30") == (0, 30, 0.5, 7)
+    assert loaded("method=zero-shot") == (0.1, "none", 0.5, 0)
+    with pytest.raises(UserError, match="means alpha"):
+        loaded("method=mezo", "alpha=0.5")
+
+
+def expected_weights(config):
+    """The run's steps written out with torch alone."""
+    prepared = prepare_inputs(config)
+    pools = partition([example.length for example in prepared.train], config.lt)
+    model = AutoModelForCausalLM.from_pretrained(prepared.location).eval()
+    if config.method == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    inputs = frozenset(("input_ids", "attention_mask", "position_ids"))
+    norms = []
+    for step in range(config.steps):
+        _, fo = step_batches(config, prepared, step_samples(config, pools, step), inputs, torch.device("cpu"))
+        losses = torch.cat([choice_loss(model, batch) for batch in fo])
+        losses.mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item())
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    begun = AutoModelForCausalLM.from_pretrained(prepared.location).state_dict()
+    return begun, model.state_dict(), norms
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", ["sgd", "adamw"])
+def test_baselines_take_the_steps_of_torch(tiny, tmp_path, method, engine, ranks):
+    words = [f"method={method}", RATES[method], "k1=5", "fo_micro_batch=1", "steps=4", "max_grad_norm=0.5"]
+    words += ["weight_decay=0.5", "eval_every=2"]
+    run("train", tiny.run_file, *words, *ENGINES[engine], "output=out", cwd=tmp_path, ranks=ranks).check()
+    begun, expected, norms = expected_weights(load_run(str(tiny.run_file), words))
+    assert max(norms) > 0.5, "nothing was clipped"
+    records, summary = read_metrics(tmp_path / "out"), read_json(tmp_path / "out" / "summary.json")
+    assert [record["gradient_norm"] for record in records] == pytest.approx(norms, rel=1e-4)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    missed, moved = (
+        math.sqrt(sum((weights[name] - weight).square().sum().item() for name, weight in expected.items()))
+        for weights in (written, begun)
+    )
+    # AdamW divides by the root of squares, which makes whole steps of the rounding of gradients near zero.
+    assert missed <= {"sgd": 1e-4, "adamw": 1e-2}[method] * moved
+    assert summary["method"] == method and summary["engine"] == engine
+    assert "accuracy" in records[1]
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    again = run("eval", "out", cwd=tmp_path).check()
+    assert f'"accuracy": {summary["accuracy_after"]}' in again.output
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_in_bfloat16_baselines_keep_float32_weights(tiny, tmp_path, engine):
+    """Steps of 1e-3 of a weight of 1 are lost in bfloat16 one by one, and add up beside it."""
+    words = ["method=adamw", "lr=1e-3", "steps=6", "k1=4", "dtype=bfloat16", "schedule=constant"]
+    run("train", tiny.run_file, *words, *ENGINES[engine], "output=out", cwd=tmp_path, ranks=2).check()
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).model.norm.weight
+        for folder in (tiny.model, tmp_path / "out" / "model")
+    )
+    assert (before == 1).all() and (after != 1).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize(
+    "adapter", [["adapter.kind=lora", "adapter.rank=4"], ["adapter.kind=tensor-train", "adapter.bottleneck=8"]]
+)
+def test_adamw_trains_adapters(tiny, tmp_path, engine, adapter):
+    words = ["method=adamw", "lr=0.02", "steps=40", "k1=8", "fo_micro_batch=4", *adapter]
+    run("train", tiny.run_file, *words, *ENGINES[engine], "output=out", cwd=tmp_path, ranks=2).check()
+    summary = read_json(tmp_path / "out" / "summary.json")
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
+    assert (tmp_path / "out" / "adapter").exists()
+
+
+def test_zero_shot_measures_and_trains_nothing(tiny, tmp_path):
+    run("train", tiny.run_file, "method=zero-shot", "output=out", cwd=tmp_path, ranks=2).check()
+    summary = read_json(tmp_path / "out" / "summary.json")
+    assert summary["method"] == "zero-shot" and summary["steps"] == 0
+    assert summary["accuracy_before"] == summary["accuracy_after"] > 0
+    run("report", "out", cwd=tmp_path).check()
+
+
+def test_a_loss_that_is_not_finite_ends_a_baseline(tiny, tmp_path):
+    words = ["method=sgd", "lr=1e30", "max_grad_norm=0", "steps=4", "output=out"]
+    spoilt = run("train", tiny.run_file, *words, cwd=tmp_path, ranks=2)
+    assert spoilt.statuses == [2, 2] and "lower lr, or look at the data" in spoilt.error
+
+
+def test_a_baseline_that_was_killed_starts_anew(tiny, tmp_path):
+    words = ["train", tiny.run_file, "method=adamw", "lr=3e-3", "steps=6", "eval_every=2", "save=false"]
+    run(*words, "output=whole", cwd=tmp_path).check()
+    killed = run(*words, "output=out", cwd=tmp_path, before=Death("evaluation", 0, 2))
+    assert killed.status == -signal.SIGKILL and len(read_metrics(tmp_path / "out")) == 3
+    asked = run(*words, "output=out", cwd=tmp_path, before=Death("evaluation", 0, 1, signal.SIGTERM))
+    assert asked.status == 143 and "after step 2: adamw keeps no checkpoints" in asked.error
+    run(*words, "output=out", cwd=tmp_path).check()
+    assert [record["step"] for record in read_metrics(tmp_path / "out")] == [*range(1, 7)]
+    digests = {read_json(tmp_path / name / "summary.json")["final_digest"] for name in ("whole", "out")}
+    assert len(digests) == 1
+
+
+def test_a_baseline_has_nothing_to_replay(tiny, tmp_path):
+    run("train", tiny.run_file, "method=sgd", "steps=2", "save=false", "output=out", cwd=tmp_path).check()
+    refused = run("replay", "out", cwd=tmp_path)
+    assert refused.status == 2 and refused.error.count("addax-ds:") == 1 and "Traceback" not in refused.error
