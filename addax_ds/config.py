@@ -24,18 +24,19 @@ _LONGEST_WAIT = 1e6  # minutes, two years; clocks of collectives overflow at som
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)  # PyYAML passes on some of them
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError` unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def _as_tuple(value: Any) -> Any:
-    """YAML and JSON know lists alone."""
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple: YAML and JSON know lists alone."""
     return tuple(value) if isinstance(value, list) else value
 
 
 _Item = TypeVar("_Item")
-_Tuple = Annotated[tuple[_Item, ...] | None, BeforeValidator(_as_tuple)]
+_Tuple = Annotated[tuple[_Item, ...] | None, BeforeValidator(as_tuple)]
 
 
 def _text_keys(labels: Any) -> Any:
@@ -67,7 +68,7 @@ class AddaxConfig:
     perturb: Literal["gathered", "shard", "auto"] = "gathered"
     """Where the noise is added: to gathered weights, which one gather serves; to each rank's shard on
     the way into a gather for every point, which draws less; or whichever a trial finds to cost less."""
-    atomic: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    atomic: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Paths of modules whose forward reads weights of modules within it, * stands for any text: zeroth-order
     forwards hold those weights together. Torch's own such modules need not be named."""
     max_loss: float = math.inf
@@ -85,23 +86,23 @@ class AddaxConfig:
     float32 buffer of the size of its shard."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.lr < math.inf, f"lr is {self.lr}: it must be 0 or more, and finite")
-        _require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: it must lie in [0, 1]")
-        _require(0 < self.eps < math.inf, f"eps is {self.eps}: it must be above 0, and finite")
-        _require(self.max_loss > 0, f"max_loss is {self.max_loss}: it must be above 0")
-        _require(self.queries >= 1, f"queries is {self.queries}: it must be 1 or more")
-        _require(
+        require(0 <= self.lr < math.inf, f"lr is {self.lr}: it must be 0 or more, and finite")
+        require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: it must lie in [0, 1]")
+        require(0 < self.eps < math.inf, f"eps is {self.eps}: it must be above 0, and finite")
+        require(self.max_loss > 0, f"max_loss is {self.max_loss}: it must be above 0")
+        require(self.queries >= 1, f"queries is {self.queries}: it must be 1 or more")
+        require(
             0 <= self.weight_decay < math.inf,
             f"weight_decay is {self.weight_decay}: it must be 0 or more, and finite",
         )
-        _require(0 <= self.seed < 2**53, f"seed is {self.seed}: it must lie in [0, 2**53)")
-        _require(
+        require(0 <= self.seed < 2**53, f"seed is {self.seed}: it must lie in [0, 2**53)")
+        require(
             self.directions == "shared" or self.perturb != "shard",
             "perturb: shard gathers for each direction anew, and here each micro-batch has its own: "
             "set perturb: gathered, or directions: shared",
         )
-        _require(self.zo_micro_batch >= 1, f"zo_micro_batch is {self.zo_micro_batch}: it must be 1 or more")
-        _require(self.fo_micro_batch >= 1, f"fo_micro_batch is {self.fo_micro_batch}: it must be 1 or more")
+        require(self.zo_micro_batch >= 1, f"zo_micro_batch is {self.zo_micro_batch}: it must be 1 or more")
+        require(self.fo_micro_batch >= 1, f"fo_micro_batch is {self.fo_micro_batch}: it must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -125,17 +126,17 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         if self.completion is None:
-            _require(bool(self.label and self.labels), "a task needs label and labels, or completion: set one of them")
-            _require(len(self.labels or {}) >= 2, "task.labels needs two classes or more")
+            require(bool(self.label and self.labels), "a task needs label and labels, or completion: set one of them")
+            require(len(self.labels or {}) >= 2, "task.labels needs two classes or more")
         else:
-            _require(not (self.label or self.labels), "a task has either labels or completion: remove one of them")
-        _require(self.max_new_tokens >= 1, "task.max_new_tokens must be 1 or more")
+            require(not (self.label or self.labels), "a task has either labels or completion: remove one of them")
+        require(self.max_new_tokens >= 1, "task.max_new_tokens must be 1 or more")
         try:
             specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(self.prompt)]
         except ValueError:
             specs = []  # no template, which is told with the data
         # Each record would be padded to gigabytes.
-        _require(not re.search(r"\d{5}", " ".join(specs)), "task.prompt pads a field to 10,000 characters or more")
+        require(not re.search(r"\d{5}", " ".join(specs)), "task.prompt pads a field to 10,000 characters or more")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -163,8 +164,8 @@ class TensorTrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("bottleneck", "rank"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
-        _require(self.modules != (), "modules is empty: name projections, or leave it out")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+        require(self.modules != (), "modules is empty: name projections, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -180,7 +181,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -192,7 +193,7 @@ class PrefixConfig:
     """Positions of the prefix; they begin as those of the words that a tokenizer knows first."""
 
     def __post_init__(self) -> None:
-        _require(self.tokens >= 1, f"tokens is {self.tokens}: it must be 1 or more")
+        require(self.tokens >= 1, f"tokens is {self.tokens}: it must be 1 or more")
 
 
 AdapterConfig: TypeAlias = TensorTrainConfig | LoraConfig | PrefixConfig
@@ -219,9 +220,9 @@ class QuerySchedule:
     maximum: int = 20
 
     def __post_init__(self) -> None:
-        _require(0 < self.alpha < math.inf, f"alpha is {self.alpha}: it must be above 0, and finite")
-        _require(0 <= self.beta <= 10, f"beta is {self.beta}: it must lie in [0, 10]")
-        _require(self.maximum >= 1, f"maximum is {self.maximum}: it must be 1 or more")
+        require(0 < self.alpha < math.inf, f"alpha is {self.alpha}: it must be above 0, and finite")
+        require(0 <= self.beta <= 10, f"beta is {self.beta}: it must lie in [0, 10]")
+        require(self.maximum >= 1, f"maximum is {self.maximum}: it must be 1 or more")
 
     def queries(self, epoch: int) -> int:
         """Directions of a step in this epoch."""
@@ -271,7 +272,10 @@ class RunConfig(AddaxConfig):
     train_samples: int | None = 1000
     """Training samples drawn from the data; null takes all."""
     eval_samples: int = 500
-    """Held-out samples."""
+    """Held-out samples, measured before and after."""
+    dev_samples: int = 0
+    """Further samples held out of `data`, on which settings are chosen: `eval_every` measures those, where there
+    are any, and so does the end."""
     query_schedule: QuerySchedule | None = None
     """How `queries` grows from epoch to epoch; without it stays what it is."""
     k0: int = 6
@@ -352,38 +356,38 @@ class RunConfig(AddaxConfig):
             raise UserError(f"method is {self.method}{nearest(self.method, [*METHODS])}")
         counts = ["k0", "k1", "eval_samples", "replicas", "eval_micro_batch", "checkpoints_kept", "max_skipped"]
         for name in counts if self.method == "zero-shot" else [*counts, "steps"]:
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
-        for name in ("warmup_steps", "eval_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+        for name in ("warmup_steps", "eval_every", "checkpoint_every", "dev_samples"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
         for name in ("model", "adapter_weights", "data", "eval_data", "ds_config", "output"):
-            _require("\0" not in (getattr(self, name) or ""), f"{name} holds a NUL character: remove it")
-        _require(
+            require("\0" not in (getattr(self, name) or ""), f"{name} holds a NUL character: remove it")
+        require(
             0 < self.timeout_minutes <= _LONGEST_WAIT,
             f"timeout_minutes is {self.timeout_minutes}: it must be above 0, and at most {_LONGEST_WAIT:g}",
         )
-        _require(self.train_samples is None or self.train_samples >= 1, "train_samples must be 1 or more, or null")
-        _require(isinstance(self.lt, str) or self.lt >= 1, f"lt is {self.lt}: give tokens, auto or none")
-        _require(
+        require(self.train_samples is None or self.train_samples >= 1, "train_samples must be 1 or more, or null")
+        require(isinstance(self.lt, str) or self.lt >= 1, f"lt is {self.lt}: give tokens, auto or none")
+        require(
             (self.engine == "deepspeed") == (self.ds_config is not None),
             "engine: deepspeed and ds_config go together: set both, for example ds_config=ds_configs/zero3.json",
         )
-        _require(self.query_schedule is None or self.queries == 1, "query_schedule and queries: set one of them")
-        _require(
+        require(self.query_schedule is None or self.queries == 1, "query_schedule and queries: set one of them")
+        require(
             self.adapter_weights is None or self.adapter is not None,
             "adapter_weights without adapter: say of what kind they are, for example adapter.kind=lora",
         )
-        _require(self.replicas == 1 or self.engine == "fsdp", "replicas above 1 needs engine: fsdp")
+        require(self.replicas == 1 or self.engine == "fsdp", "replicas above 1 needs engine: fsdp")
         if self.method in ("addax", "addax-wa"):
-            _require(0 < self.alpha < 1, f"method {self.method} takes alpha between 0 and 1, and it is {self.alpha}")
-        _require(
+            require(0 < self.alpha < 1, f"method {self.method} takes alpha between 0 and 1, and it is {self.alpha}")
+        require(
             self.method != "addax" or self.lt != "none", "method addax without lt is addax-wa: name that, or set lt"
         )
-        _require(0 <= self.momentum < 1, f"momentum is {self.momentum}: it must lie in [0, 1)")
-        _require(
+        require(0 <= self.momentum < 1, f"momentum is {self.momentum}: it must lie in [0, 1)")
+        require(
             0 <= self.max_grad_norm < math.inf,
             f"max_grad_norm is {self.max_grad_norm}: it must be 0 or more, and finite",
         )
-        _require(
+        require(
             self.method not in BASELINES or self.checkpoint_every == 0,
             f"method {self.method} keeps no checkpoints: set checkpoint_every: 0",
         )
@@ -428,22 +432,10 @@ def load_run(path: str | None, overrides: list[str]) -> RunConfig:
     that it sets. Raises `UserError` for a missing or unreadable file,
     an unknown key (naming the nearest) and every value out of range.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: give the path of a run file") from None
-        except _NOT_YAML as error:
-            raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(loaded, dict | None):
-            raise UserError(f"{path}: a run file is a mapping of settings")
-        values = loaded or {}
+    values = read_yaml(Path(path), "a run file") if path is not None else {}
     given = [_parsed(override) for override in overrides]
     for method in (value for key, value in given if key == "method"):
-        # The file's settings were for another method.
-        for settings in METHODS.get(str(method), ()):
-            values = {name: value for name, value in values.items() if name not in settings}
+        values = for_method(values, str(method))
     for key, value in given:
         outer, dot, inner = key.partition(".")
         if dot:
@@ -454,6 +446,25 @@ def load_run(path: str | None, overrides: list[str]) -> RunConfig:
         else:
             values[key] = value
     return build(RunConfig, values, path or "command line")
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `UserError` where there is none."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: give the path of {what}") from None
+    except _NOT_YAML as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict | None):
+        raise UserError(f"{path}: {what} is a mapping of settings")
+    return loaded or {}
+
+
+def for_method(values: dict[str, Any], method: str) -> dict[str, Any]:
+    """Settings that were made for another method, without those that this one sets."""
+    of_method = {name for settings in METHODS.get(method, ()) for name in settings}
+    return {name: value for name, value in values.items() if name not in of_method}
 
 
 def _parsed(override: str) -> tuple[str, Any]:

@@ -56,7 +56,8 @@ def train(settings: Settings = None, local_rank: LocalRank = None) -> None:
         from addax_ds.training.report import summary_table, write_report
 
         Console().print(summary_table(summary))
-        print(f"report: {write_report(Path(summary['folder']))}")
+        if summary["steps"]:  # else there is nothing to plot
+            print(f"report: {write_report(Path(summary['folder']))}")
 
 
 @app.command("eval")
@@ -115,6 +116,17 @@ def replay(
     from addax_ds.cli.replay import replay as run
 
     run(folder, start, stop, output)
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="Methods, their grids and seeds (YAML).")],
+    output: Annotated[Path, typer.Option(help="Where runs, table and plot are written.")] = Path("runs/compare"),
+) -> None:
+    """Run methods side by side, each with its grid and seeds, and write one table; the same command goes on."""
+    from addax_ds.cli.compare import compare as run
+
+    run(file, output)
 
 
 @app.command()

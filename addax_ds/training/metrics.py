@@ -85,6 +85,9 @@ class Summary:
     exact_match_after: _Finite | None = None
     f1_before: _Finite | None = None
     f1_after: _Finite | None = None
+    dev_accuracy: _Finite | None = None
+    dev_exact_match: _Finite | None = None
+    dev_f1: _Finite | None = None
 
 
 class MetricsWriter:

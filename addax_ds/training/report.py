@@ -349,7 +349,8 @@ def _results(summary: dict[str, Any]) -> list[tuple[str, str]]:
     for name in _score_names(summary):
         for when in ("before", "after"):
             rows.append((f"{_words(name)} {when}", _score(summary.get(f"{name}_{when}"))))
-    rows.append(("time per step", _time(summary["seconds_per_step"])))
+    if summary["steps"]:
+        rows.append(("time per step", _time(summary["seconds_per_step"])))
     peaks = summary["peak_memory_bytes"]
     peak = _size(max(peaks))
     rows.append(("peak memory", peak if len(peaks) == 1 else f"{peak} (the fullest of {len(peaks)} ranks)"))

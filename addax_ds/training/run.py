@@ -55,6 +55,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     task: TaskConfig
     train: list[Example]
+    dev: list[Example]
     held_out: list[Example]
 
 
@@ -68,11 +69,14 @@ def prepare_inputs(config: RunConfig) -> Prepared:
         raise UserError(
             f"data {config.data} brings no task: set task.prompt with task.label and task.labels, or task.completion"
         )
-    if config.eval_data is None:
-        train, held_out = split_records(records, config.train_samples, config.eval_samples, config.seed)
-    else:
-        train, _ = split_records(records, config.train_samples, 0, config.seed)
+    drawn = None if config.train_samples is None else config.train_samples + config.dev_samples
+    held_out_here = config.eval_samples if config.eval_data is None else 0
+    train, held_out = split_records(records, drawn, held_out_here, config.seed)
+    if config.eval_data is not None:
         _, held_out = split_records(load_records(config.eval_data)[0], 0, config.eval_samples, config.seed)
+    if len(train) <= config.dev_samples:
+        raise UserError(f"{len(train)} samples are too few for dev_samples={config.dev_samples}: lower it")
+    first_dev = len(train) - config.dev_samples
     location = locate_model(config.model)
     tokenizer = load_tokenizer(location)
     longest = context_length(location)
@@ -81,7 +85,8 @@ def prepare_inputs(config: RunConfig) -> Prepared:
         location,
         tokenizer,
         task,
-        encode(train, task, tokenizer, longest),
+        encode(train[:first_dev], task, tokenizer, longest),
+        encode(train[first_dev:], task, tokenizer, longest, generated) if config.dev_samples else [],
         encode(held_out, task, tokenizer, longest, generated),
     )
 
@@ -121,9 +126,9 @@ def _train(
     say = print if world.is_main else lambda *_: None
     say(pools.describe())
 
-    def score() -> dict[str, float]:
+    def score_of(examples: list[Example]) -> dict[str, float]:
         new_tokens, asked = prepared.task.max_new_tokens, lambda: request.received
-        return evaluate(optimizer, prepared.held_out, prepared.tokenizer, config, inputs, new_tokens, asked)
+        return evaluate(optimizer, examples, prepared.tokenizer, config, inputs, new_tokens, asked)
 
     metric = metric_name(prepared.held_out)
     loss_fn = choice_loss if prepared.task.labels else token_loss
@@ -135,11 +140,11 @@ def _train(
     else:
         state = RunState(config, folder, optimizer, data, len(prepared.train), resuming, say)
     try:
-        before = state.before or score()
+        before = state.before or score_of(prepared.held_out)
     except EvaluationStoppedError:
         raise PreemptedError("asked to end before the first step: there is nothing to save") from None
     say(f"before: {metric} {before[metric]:.3f} on {len(prepared.held_out)} held-out samples")
-    state.begin(before, score)
+    state.begin(before, lambda: score_of(prepared.dev or prepared.held_out))
 
     first = state.steps
     progress = tqdm(total=config.steps, initial=first, disable=not world.is_main, unit="step", mininterval=0.5)
@@ -168,7 +173,8 @@ def _train(
     progress.close()
 
     try:
-        after = score() if config.steps else before
+        after = score_of(prepared.held_out) if config.steps else before
+        dev = score_of(prepared.dev) if prepared.dev else {}
     except EvaluationStoppedError:
         state.end_early()
     say(f"after: {metric} {after[metric]:.3f}")
@@ -201,6 +207,7 @@ def _train(
             "metric_name": metric,
             **{f"{name}_before": value for name, value in before.items()},
             **{f"{name}_after": value for name, value in after.items()},
+            **{f"dev_{name}": value for name, value in dev.items()},
             "seconds_per_step": statistics.median([record["seconds"] for record in records] or [math.nan]),
             "wire_bytes_per_step": dict(wire.received) if wire is not None else {},
             "peak_memory_bytes": peaks,

@@ -16,7 +16,7 @@ from addax_ds.core.noise import step_seed
 from addax_ds.data.batches import batch_indices
 from addax_ds.data.partition import partition
 from addax_ds.digest import weights_digest
-from addax_ds.training.metrics import read_metrics
+from addax_ds.training.metrics import read_json, read_metrics
 from addax_ds.training.run import learning_rate, prepare_inputs, queries_of
 from tests.cli.commands import run
 from tests.training.tiny import HELD_OUT, TRAIN
@@ -333,6 +333,23 @@ def test_learning_rate_without_warm_up_starts_at_lr_and_a_warm_up_longer_than_th
 )
 def test_a_run_carries_the_papers_name_of_its_method(settings, name):
     assert RunConfig(**settings).method_name == name
+
+
+def test_samples_that_choose_settings_are_apart_from_the_others(tiny, tmp_path):
+    without, having = (load_run(str(tiny.run_file), [f"dev_samples={number}"]) for number in (0, 15))
+    plain, prepared = prepare_inputs(without), prepare_inputs(having)
+    assert plain.train == prepared.train and plain.held_out == prepared.held_out
+    assert not plain.dev and len(prepared.dev) == 15
+    sets = [{(example.prompt, example.target) for example in part} for part in (prepared.train, prepared.dev)]
+    assert len(sets[1] - sets[0]) > 0
+    run("train", tiny.run_file, "dev_samples=15", "steps=4", "eval_every=2", "output=out", cwd=tmp_path).check()
+    summary = read_json(tmp_path / "out" / "summary.json")
+    measured = read_metrics(tmp_path / "out")[1]["accuracy"]
+    # Of 15 samples and of as many as are held out.
+    assert (measured * 15) % 1 == pytest.approx(0, abs=1e-9) and (summary["dev_accuracy"] * 15) % 1 < 1e-9
+    assert (summary["accuracy_after"] * HELD_OUT) % 1 == pytest.approx(0, abs=1e-9)
+    refused = run("train", tiny.run_file, "train_samples=null", "dev_samples=100000", cwd=tmp_path)
+    assert refused.status == 2 and "too few for dev_samples=100000" in refused.error
 
 
 def test_samples_and_batches_of_a_seed_stay_what_they_are(tiny):

@@ -1,0 +1,19 @@
+"""`addax-ds compare`."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from addax_ds.compare.execute import execute
+from addax_ds.compare.plan import check, load_comparison
+from addax_ds.compare.results import PLOT, table, write
+
+
+def compare(file: Path, output: Path) -> None:
+    """Run what the file compares and show the table."""
+    comparison = load_comparison(file)
+    check(comparison)
+    results = execute(comparison, output)
+    Console().print(table(comparison, results))
+    path = write(comparison, results, output)
+    print(f"table: {path}, plot: {path.with_name(PLOT)}")

@@ -1,0 +1,95 @@
+"""What is compared: methods, the grid of each, and seeds, as a YAML file describes them."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict
+from pydantic.dataclasses import dataclass
+
+from addax_ds.config import RunConfig, as_tuple, build, for_method, read_yaml, require
+from addax_ds.errors import UserError
+
+_SETTINGS = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=_SETTINGS)
+class Comparison:
+    """The file of `addax-ds compare`."""
+
+    run: dict[str, Any]
+    """Settings that all runs share, with `dev_samples`, on which grids are compared."""
+    methods: dict[str, dict[str, Any]]
+    """By name, what a method sets beyond them; `grid` lists the values that are tried, all with all."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = (0, 1, 2)
+    """The first is that of the grids; each method's best point is run with all."""
+    targets: Annotated[tuple[float, ...], BeforeValidator(as_tuple)] = ()
+    """Scores on the dev samples, to which seconds and samples are counted."""
+    ranks: int = 1
+    """Processes of each run."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.methods), "methods is empty: name some")
+        require(len(self.seeds) >= 3, f"seeds has {len(self.seeds)}: a spread needs 3 or more")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds holds one twice")
+        require(self.ranks >= 1, f"ranks is {self.ranks}: it must be 1 or more")
+        taken = {"seed", "output"} & {*self.run, *itertools.chain(*self.methods.values())}
+        require(not taken, f"{min(taken, default='')} is set by the comparison: leave it out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run: a point of a method's grid, with a seed."""
+
+    method: str
+    point: dict[str, Any] = field(hash=False)
+    values: dict[str, Any] = field(hash=False)
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder; other settings give another."""
+        words = [f"{key}-{value}" for key, value in self.point.items()]  # with = it would be taken for a setting
+        digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:8]
+        name = "_".join([*words, f"seed-{self.config.seed}", digest])
+        return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[-120:]
+
+
+def load_comparison(path: Path) -> Comparison:
+    """Raises `UserError` for what is wrong with the file, in one line."""
+    return build(Comparison, read_yaml(path, "a comparison"), str(path))
+
+
+def points_of(comparison: Comparison, method: str) -> list[dict[str, Any]]:
+    """The points of a method's grid."""
+    grid = comparison.methods[method].get("grid") or {}
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise UserError(f"methods: {method}: grid gives each setting a list of values: mend it")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def trial(comparison: Comparison, method: str, point: dict[str, Any], seed: int) -> Trial:
+    """The run of a point; raises `UserError` for settings that are wrong."""
+    own = {name: value for name, value in comparison.methods[method].items() if name != "grid"}
+    shared = for_method(comparison.run, str(own.get("method")))
+    values = {**shared, **own, **point, "seed": seed}
+    return Trial(method, point, values, build(RunConfig, values, f"methods: {method}"))
+
+
+def check(comparison: Comparison) -> None:
+    """Raises `UserError` for any run's settings, before the first starts, and where grids differ in size."""
+    sizes = {}
+    for method in comparison.methods:
+        points = points_of(comparison, method)
+        configs = [trial(comparison, method, point, comparison.seeds[0]).config for point in points]
+        for config in configs:
+            require(config.dev_samples > 0, "grids are compared on samples of their own: set dev_samples in run")
+        if configs[0].method_name != "zero-shot":
+            sizes[method] = len(points)
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{method} {size}" for method, size in sizes.items())
+        raise UserError(f"grids differ in size ({told} points): give every method as many")

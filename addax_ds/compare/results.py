@@ -1,0 +1,188 @@
+"""What runs came to: one result a run, one row a method, and the plots of their scores."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from rich.table import Table
+
+from addax_ds.compare.plan import Comparison, Trial, points_of
+from addax_ds.training.folder import SUMMARY
+from addax_ds.training.metrics import Summary, check_kind, read_json, read_metrics, write_json
+
+TABLE = "comparison.json"
+PLOT = "scores.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A score on the dev samples in the course of a run."""
+
+    seconds: float
+    """In training steps until then, evaluations left out."""
+    samples: int
+    """Taken into steps until then."""
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A run that has ended; fault: why it has no scores."""
+
+    trial: Trial
+    folder: Path
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    course: tuple[Score, ...] = ()
+    fault: str = ""
+
+    @property
+    def metric(self) -> str:
+        """The score that counts: F1 of completions, else what the run reports first."""
+        return "f1" if "f1_after" in self.summary else self.summary["metric_name"]
+
+    @property
+    def dev_score(self) -> float:
+        """On the samples by which settings are chosen."""
+        return self.summary[f"dev_{self.metric}"]
+
+    @property
+    def score(self) -> float:
+        """On the held-out samples."""
+        return self.summary[f"{self.metric}_after"]
+
+    def describe(self) -> str:
+        """One line of what it came to."""
+        if self.fault:
+            return f"{self.trial.name}: {self.fault}"
+        return f"{self.trial.name}: {self.metric} {self.score:.3f}, on the dev samples {self.dev_score:.3f}"
+
+    def reached(self, target: float) -> Score | None:
+        """Where the course first has this score."""
+        return next((score for score in self.course if score.score >= target), None)
+
+
+def read_result(trial: Trial, folder: Path) -> Result:
+    """The result in a run folder."""
+    summary = read_json(folder / SUMMARY)
+    check_kind(summary, Summary, str(folder / SUMMARY))
+    config, records = trial.config, read_metrics(folder)
+    samples = config.k0 * (config.alpha > 0) + config.k1 * (config.alpha < 1)
+    metric = "f1" if "f1_after" in summary else summary["metric_name"]
+    seconds = list(itertools.accumulate(record["seconds"] for record in records))
+    course = [
+        Score(at, record["step"] * samples, record[metric])
+        for at, record in zip(seconds, records, strict=True)
+        if record.get(metric) is not None
+    ]
+    if records:
+        course.append(Score(seconds[-1], records[-1]["step"] * samples, summary[f"dev_{metric}"]))
+    return Result(trial, folder, summary, tuple(course))
+
+
+def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row a method: score with its spread over seeds, and what it cost."""
+    table = []
+    for method in comparison.methods:
+        own = [result for result in results if result.trial.method == method]
+        good = [result for result in own if not result.fault]
+        scores = [result.score for result in good]
+        summaries = [result.summary for result in good]
+        row = {
+            "method": method,
+            "points tried": len(points_of(comparison, method)),
+            "best point": own[0].trial.point,
+            "runs": len(good),
+            "diverged": len(own) - len(good),
+            "metric": good[0].metric,
+            "score": statistics.fmean(scores),
+            "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+            "seconds per step": statistics.fmean(s["seconds_per_step"] for s in summaries) if good[0].course else None,
+            "peak memory bytes": max(max(s["peak_memory_bytes"]) for s in summaries),
+            "wire bytes per step": max(sum(s["wire_bytes_per_step"].values()) for s in summaries),
+            "trainable parameters": summaries[0]["trainable_parameters"],
+        }
+        for target in comparison.targets:
+            reached = [score for result in good if (score := result.reached(target))]
+            row[f"reached {target}"] = len(reached)
+            # Of all runs or of none: those that got there would be the lucky ones.
+            everyone = len(reached) == len(own)
+            row[f"seconds to {target}"] = statistics.median(s.seconds for s in reached) if everyone else None
+            row[f"samples to {target}"] = statistics.median(s.samples for s in reached) if everyone else None
+        table.append(row)
+    return table
+
+
+def write(comparison: Comparison, results: Sequence[Result], output: Path) -> Path:
+    """Write comparison.json and scores.png; the former's path."""
+    courses = [
+        {"method": r.trial.method, "seed": r.trial.config.seed, "course": [dataclasses.astuple(s) for s in r.course]}
+        for r in results
+    ]
+    plan = {**dataclasses.asdict(comparison)}
+    write_json(output / TABLE, {"comparison": plan, "rows": rows(comparison, results), "courses": courses})
+    _plot(comparison, results, output / PLOT)
+    return output / TABLE
+
+
+def table(comparison: Comparison, results: Sequence[Result]) -> Table:
+    """The rows for the terminal."""
+    shown = Table(title=f"{comparison.run.get('model', 'model')} on {comparison.run.get('data', 'data')}")
+    for column in ("method", "best of", "score", "s/step", "peak", "wire/step", "trained"):
+        shown.add_column(column, justify="left" if column in ("method", "best of") else "right")
+    for target in comparison.targets:
+        shown.add_column(f"s to {target:g}", justify="right")
+        shown.add_column(f"samples to {target:g}", justify="right")
+    for row in rows(comparison, results):
+        point = " ".join(f"{name}={value}" for name, value in row["best point"].items())
+        diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
+        spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
+        cells = [
+            row["method"],
+            f"{row['points tried']}: {point}" if point else "-",
+            f"{row['metric']} {row['score']:.3f}{spread} ({row['runs']} runs{diverged})",
+            "-" if row["seconds per step"] is None else f"{row['seconds per step']:.2f}",
+            f"{row['peak memory bytes'] / 2**30:.2f} GiB",
+            f"{row['wire bytes per step'] / 1e6:,.0f} MB",
+            f"{row['trainable parameters']:,}",
+        ]
+        for target in comparison.targets:
+            seconds, samples = row[f"seconds to {target}"], row[f"samples to {target}"]
+            few = f"{row[f'reached {target}']} of {row['runs'] + row['diverged']}"
+            cells += [few if seconds is None else f"{seconds:,.0f}", few if samples is None else f"{samples:,.0f}"]
+        shown.add_row(*cells)
+    return shown
+
+
+def _plot(comparison: Comparison, results: Sequence[Result], path: Path) -> None:
+    """Scores in the course of the runs, by seconds and by samples: mean and range over seeds."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_seconds, by_samples = figure.subplots(1, 2, sharey=True)
+    for number, method in enumerate(comparison.methods):
+        courses = [r.course for r in results if r.trial.method == method and r.course]
+        if not courses:
+            flat = [r.dev_score for r in results if r.trial.method == method and not r.fault]
+            for axes in (by_seconds, by_samples):
+                axes.axhline(statistics.fmean(flat), color=f"C{number}", linestyle=":", label=method)
+            continue
+        together = list(zip(*courses, strict=False))
+        scores = [[score.score for score in at] for at in together]
+        means = [statistics.fmean(at) for at in scores]
+        for axes, kind in ((by_seconds, "seconds"), (by_samples, "samples")):
+            x = [statistics.fmean(getattr(score, kind) for score in at) for at in together]
+            axes.plot(x, means, "o-", markersize=3, color=f"C{number}", label=method)
+            axes.fill_between(x, [min(at) for at in scores], [max(at) for at in scores], color=f"C{number}", alpha=0.15)
+    metric = next(r.metric for r in results if not r.fault)
+    by_seconds.set(xlabel="seconds in training steps", ylabel=f"{metric} on the dev samples", xscale="log")
+    by_samples.set(xlabel="samples taken into steps", xscale="log")
+    for axes in (by_seconds, by_samples):
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    by_samples.legend(frameon=False, fontsize="small")
+    FigureCanvasAgg(figure).print_png(str(path))

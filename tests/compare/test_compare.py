@@ -1,0 +1,122 @@
+"""Comparisons: planned, run, gone on with, and told in one table."""
+
+import json
+
+import pytest
+import yaml
+
+from addax_ds.compare.plan import Comparison, check, load_comparison, points_of, trial
+from addax_ds.compare.results import Result, Score, rows
+from addax_ds.config import build
+from addax_ds.errors import UserError
+from tests.cli.commands import run
+
+METHODS = {
+    "addax": {"method": "addax", "alpha": 0.01, "grid": {"lr": [0.3, 1e9]}},
+    "adamw-lora": {"method": "adamw", "adapter": {"kind": "lora", "rank": 2}, "grid": {"lr": [0.01, 0.02]}},
+    "zero-shot": {"method": "zero-shot"},
+}
+
+
+def shared(tiny, **more):
+    values = yaml.safe_load(tiny.run_file.read_text())
+    return {**values, "steps": 4, "eval_every": 2, "dev_samples": 12, "save": False, **more}
+
+
+def comparison(tiny, methods=METHODS, **settings):
+    values = {"run": shared(tiny), "methods": methods, "targets": [0.1, 1.1], **settings}
+    return build(Comparison, values, "compare.yaml")
+
+
+def test_a_grid_is_every_value_with_every_other(tiny):
+    grid = {"lr": [0.1, 0.2], "alpha": [0.3, 0.4, 0.5]}
+    planned = comparison(tiny, {"addax": {"grid": grid}})
+    points = points_of(planned, "addax")
+    assert len(points) == 6 and {"lr": 0.2, "alpha": 0.3} in points
+    configs = [trial(planned, "addax", point, 7).config for point in points]
+    assert {(config.lr, config.alpha) for config in configs} == {(p["lr"], p["alpha"]) for p in points}
+    assert {config.seed for config in configs} == {7}
+    assert len({trial(planned, "addax", point, seed).name for point in points for seed in (0, 1)}) == 12
+
+
+def test_a_methods_meaning_comes_before_what_all_runs_share(tiny):
+    planned = comparison(tiny, {"mezo": {"method": "mezo"}, "short": {"method": "ip-sgd", "lt": 20}})
+    assert shared(tiny)["alpha"] != 1
+    assert trial(planned, "mezo", {}, 0).config.alpha == 1
+    assert trial(planned, "short", {}, 0).config.lt == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": {}}, "methods is empty"),
+        ({"seeds": [0, 1]}, "seeds has 2: a spread needs 3"),
+        ({"seeds": [0, 1, 1]}, "seeds holds one twice"),
+        ({"methods": {"a": {"seed": 4}}}, "seed is set by the comparison"),
+        ({"methods": {"a": {"grid": {"lr": 3}}}}, "grid gives each setting a list"),
+        ({"methods": {"a": {"lrr": 3}}}, "methods: a: unknown key lrr, did you mean lr?"),
+        ({"methods": {"a": {"method": "sgdd"}}}, "method is sgdd"),
+        ({"methods": {"a": {"grid": {"lr": [1, 2]}}, "b": {"grid": {"lr": [1]}}}}, r"grids differ in size \(a 2, b 1"),
+        ({"rnks": 2}, "unknown key rnks, did you mean ranks?"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(tiny, tmp_path, change, words):
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump({"run": shared(tiny), "methods": METHODS, **change}))
+    with pytest.raises(UserError, match=words):
+        check(load_comparison(path))
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_grids_need_samples_of_their_own(tiny):
+    with pytest.raises(UserError, match="set dev_samples"):
+        check(comparison(tiny, run=shared(tiny, dev_samples=0)))
+
+
+def results_of(planned, method, scores, diverged=0):
+    """Results of runs with these held-out scores, which reach 0.6 after the second of their steps."""
+    made = [trial(planned, method, {"lr": 0.3}, seed) for seed in range(len(scores) + diverged)]
+    ended = [
+        Result(
+            one,
+            one.config.output,
+            {
+                **{"metric_name": "accuracy", "accuracy_after": score, "dev_accuracy": score},
+                **{"seconds_per_step": 2.0, "peak_memory_bytes": [5, 7], "trainable_parameters": 11},
+                "wire_bytes_per_step": {"all_gather": 3, "all_reduce": 1},
+            },
+            (Score(2.0, 10, 0.5), Score(4.0 + number, 20, 0.6)),
+        )
+        for number, (one, score) in enumerate(zip(made, scores, strict=False))
+    ]
+    return ended + [Result(one, one.config.output, fault="lower lr") for one in made[len(scores) :]]
+
+
+def test_a_row_is_the_mean_and_spread_over_seeds_and_what_it_cost(tiny):
+    planned = comparison(tiny, {"addax": METHODS["addax"]}, targets=[0.6, 0.9])
+    (row,) = rows(planned, results_of(planned, "addax", [0.7, 0.8, 0.9]))
+    assert row["score"] == pytest.approx(0.8) and row["spread"] == pytest.approx(0.1)
+    assert row["points tried"] == 2 and row["best point"] == {"lr": 0.3}
+    assert (row["peak memory bytes"], row["wire bytes per step"], row["trainable parameters"]) == (7, 4, 11)
+    assert row["seconds to 0.6"] == 5.0 and row["samples to 0.6"] == 20
+    assert row["reached 0.9"] == 0 and row["seconds to 0.9"] is None
+    (row,) = rows(planned, results_of(planned, "addax", [0.7, 0.8], diverged=1))
+    assert row["diverged"] == 1 and row["runs"] == 2 and row["seconds to 0.6"] is None
+
+
+@pytest.mark.timeout(600)  # seven runs of a few steps, each in a process of its own
+def test_methods_are_compared_and_what_is_done_is_not_run_again(tiny, tmp_path):
+    file = tmp_path / "compare.yaml"
+    methods = {name: METHODS[name] for name in ("addax", "zero-shot")}
+    file.write_text(yaml.safe_dump({"run": shared(tiny), "methods": methods, "targets": [0.1, 1.1]}))
+    first = run("compare", file, "--output", "out", cwd=tmp_path, seconds=500, plots=True).check()
+    assert "addax" in first.output and (tmp_path / "out" / "scores.png").stat().st_size > 5000
+    told = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    addax, zero_shot = told["rows"]
+    assert addax["best point"] == {"lr": 0.3} and addax["runs"] == 3  # the other point is too large
+    assert addax["reached 0.1"] == 3 and addax["seconds to 0.1"] > 0 and addax["reached 1.1"] == 0
+    assert zero_shot["best point"] == {} and zero_shot["runs"] == 3 and zero_shot["seconds per step"] is None
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
+    assert len(made) == 7
+    run("compare", file, "--output", "out", cwd=tmp_path, seconds=500, plots=True).check()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")} == made
