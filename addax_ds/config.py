@@ -109,27 +109,34 @@ class AddaxConfig:
 class TaskConfig:
     """How a record becomes a prompt and what counts as a right answer.
 
-    Either `labels` (classification: field value -> label word) or `completion` (generation: the
-    field that holds the text to produce) is given, never both.
+    One of `labels` (classification: field value -> label word), `choices` (multiple choice: the field that
+    lists what may follow) and `completion` (generation: the field that holds the text to produce) is given.
     """
 
     prompt: str
     """Python format string over the record's fields, for example "{text} It was"."""
     label: str | None = None
-    """Field that holds the class."""
+    """Field that holds the class; of choices the number of the right one, from 0, or a list of right ones."""
     labels: Annotated[dict[str, str] | None, BeforeValidator(_text_keys)] = None
     """Label words by class, with their leading space, for example {"0": " terrible"}."""
+    choices: str | None = None
+    """Field that lists continuations of the prompt, with their leading space; it is trained on the right one
+    alone, and the likeliest per token is the answer."""
     completion: str | None = None
     """Field that holds the answer to generate (a string or a list of accepted strings)."""
     max_new_tokens: int = 32
     """Longest answer generated."""
 
     def __post_init__(self) -> None:
-        if self.completion is None:
-            require(bool(self.label and self.labels), "a task needs label and labels, or completion: set one of them")
-            require(len(self.labels or {}) >= 2, "task.labels needs two classes or more")
-        else:
-            require(not (self.label or self.labels), "a task has either labels or completion: remove one of them")
+        kinds = [kind for kind in ("labels", "choices", "completion") if getattr(self, kind) is not None]
+        if not kinds:
+            raise UserError("a task needs label with labels or choices, or completion: set one of them")
+        require(len(kinds) == 1, f"a task has either {' or '.join(kinds)}: remove one of them")
+        needs_label = self.completion is None
+        require(
+            bool(self.label) == needs_label, f"task.{kinds[0]} goes {'with' if needs_label else 'without'} task.label"
+        )
+        require(self.labels is None or len(self.labels) >= 2, "task.labels needs two classes or more")
         require(self.max_new_tokens >= 1, "task.max_new_tokens must be 1 or more")
         try:
             specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(self.prompt)]
@@ -264,11 +271,11 @@ class RunConfig(AddaxConfig):
     adapter_weights: str | None = None
     """Folder of adapters to begin with, as a run writes it; without it they are new."""
     data: str = "movies"
-    """Embedded data by name, local .jsonl or .csv file, or a dataset id of the hub."""
+    """Embedded data or a task by name, local .jsonl or .csv file, or a dataset id of the hub."""
     eval_data: str | None = None
-    """Held-out data; without it the last `eval_samples` of the shuffled `data` are held out."""
-    task: TaskConfig | None = None
-    """Template and labels; embedded data brings its own."""
+    """Held-out data; without it a named task's validation split, or the last `eval_samples` of the shuffled `data`."""
+    task: TaskConfig | str | None = None
+    """Template and labels, or the name of a task whose records the data are; data known by name bring their own."""
     train_samples: int | None = 1000
     """Training samples drawn from the data; null takes all."""
     eval_samples: int = 500

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,9 @@ class Comparison:
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "methods is empty: name some")
+        for name in self.methods:
+            # They name folders.
+            require(bool(re.fullmatch(r"\w[\w .-]*", name)), f"methods: {name}: use letters, digits, spaces, . _ and -")
         require(len(self.seeds) >= 3, f"seeds has {len(self.seeds)}: a spread needs 3 or more")
         require(len(set(self.seeds)) == len(self.seeds), "seeds holds one twice")
         require(self.ranks >= 1, f"ranks is {self.ranks}: it must be 1 or more")

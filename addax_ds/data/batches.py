@@ -49,7 +49,7 @@ def collate(examples: Sequence[Example], pad_id: int, side: Side) -> Batch:
 
 def micro_batches(examples: Sequence[Example], size: int, pad_id: int, side: Side) -> list[Batch]:
     """The examples in order, `size` to a batch for their task's loss; the last may be smaller."""
-    gather = collate_choices if examples[0].choices else collate
+    gather = collate_choices if examples[0].contrasted else collate
     return [gather(examples[start : start + size], pad_id, side) for start in range(0, len(examples), size)]
 
 
@@ -68,15 +68,17 @@ def collate_choices(examples: Sequence[Example], pad_id: int, side: Side) -> Bat
 
     Where each label word is one token, prompts [batch, length] and `choices` [batch, words], since one
     forward of the prompt scores them all. Otherwise one row for every label word, [batch, words, length],
-    with labels on the word.
+    with labels on the word. Examples with fewer choices than others have their first again, at the end.
     """
     answer = torch.tensor([example.answer for example in examples])
-    if all(len(choice) == 1 for example in examples for choice in example.choices):
+    most = max(len(example.choices) for example in examples)
+    filled = [e.choices + e.choices[:1] * (most - len(e.choices)) for e in examples]
+    if all(len(choice) == 1 for choices in filled for choice in choices):
         batch = _pad([(example.prompt, ()) for example in examples], pad_id, side)
         del batch["labels"]
-        choices = torch.tensor([[choice[0] for choice in example.choices] for example in examples])
-        return {**batch, "choices": choices, "answer": answer}
-    rows = _pad([(e.prompt, choice) for e in examples for choice in e.choices], pad_id, side)
+        words = torch.tensor([[choice[0] for choice in choices] for choices in filled])
+        return {**batch, "choices": words, "answer": answer}
+    rows = _pad([(e.prompt, c) for e, choices in zip(examples, filled, strict=True) for c in choices], pad_id, side)
     return {**{key: value.unflatten(0, (len(examples), -1)) for key, value in rows.items()}, "answer": answer}
 
 

@@ -2,6 +2,7 @@
 
 A data setting is one of
   movies                         embedded data, by name
+  sst2, sst2:validation          a task by name (data/named_tasks.py), and a split of its dataset
   reviews.jsonl, reviews.csv     a local file, one record a line; a CSV file names its fields in line 1
   ID, ID:SPLIT, ID:CONFIG:SPLIT  a dataset id of the hub or a local dataset folder, read by the `datasets`
                                  library; the split is "train" unless given. Example: nyu-mll/glue:sst2:train
@@ -13,8 +14,8 @@ import os.path
 from pathlib import Path
 from typing import Any
 
-from addax_ds.config import TaskConfig
 from addax_ds.data.embedded import EMBEDDED_DATA, prepare_data
+from addax_ds.data.named_tasks import HUB_TASKS
 from addax_ds.data.shuffle import permutation
 from addax_ds.errors import UserError
 
@@ -23,14 +24,17 @@ Record = dict[str, Any]
 _SPLIT_STREAM = 0  # batches use the other streams of the seed
 
 
-def load_records(data: str) -> tuple[list[Record], TaskConfig | None]:
-    """All records that `data` names (see the top of this file), in order, and the task they bring.
+def load_records(data: str) -> tuple[list[Record], str | None]:
+    """All records that `data` names (see the top of this file), in order, and the name of the task they bring.
 
-    Only embedded data brings a task. Raises `UserError` for a path that does not exist, a file that
+    Only data known by name brings a task. Raises `UserError` for a path that does not exist, a file that
     cannot be read (naming the line), records that are no objects, and data without records.
     """
     if data in EMBEDDED_DATA:
-        return _read_jsonl(prepare_data(data)), EMBEDDED_DATA[data].task
+        return _read_jsonl(prepare_data(data)), data
+    name, _, split = data.partition(":")
+    if name in HUB_TASKS:
+        return _read_dataset(f"{HUB_TASKS[name].dataset}:{split or 'train'}"), name
     path = Path(data).expanduser()
     try:
         if path.suffix == ".jsonl":
@@ -44,6 +48,11 @@ def load_records(data: str) -> tuple[list[Record], TaskConfig | None]:
     if not records:
         raise UserError(f"{data}: holds no records")
     return records, None
+
+
+def held_out_beside(data: str) -> str | None:
+    """Data that are held out for `data`, where its name says so."""
+    return f"{data}:validation" if data in HUB_TASKS else None
 
 
 def split_records(

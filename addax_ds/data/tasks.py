@@ -22,11 +22,15 @@ class Example:
     target: tuple[int, ...]
     """The right label word, or the completion and the end token: the tokens that bear the loss."""
     choices: tuple[tuple[int, ...], ...]
-    """Every label word, in the order of task.labels; empty for completions."""
+    """Every label word, in the order of task.labels, or every choice of the record; empty for completions."""
     answer: int
-    """Index of the right choice; -1 for completions."""
+    """Index of the right choice, the first of several; -1 for completions."""
     references: tuple[str, ...]
-    """Accepted answers of a completion; empty for classification."""
+    """Accepted answers of a completion; empty otherwise."""
+    also_right: tuple[int, ...] = ()
+    """Indices of further right choices."""
+    contrasted: bool = False
+    """Whether the loss is that of the right one among the choices, not that of the target's tokens alone."""
 
     @property
     def length(self) -> int:
@@ -55,6 +59,8 @@ def encode(
     prompt_ids: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
     if task.labels is not None:
         examples = _classified(records, prompt_ids, task, tokenizer)
+    elif task.choices is not None:
+        examples = _chosen(records, prompt_ids, task, tokenizer)
     else:
         examples = _completed(records, prompts, prompt_ids, task, tokenizer)
 
@@ -104,8 +110,8 @@ def _classified(
     for index, (key, word) in enumerate(task.labels.items()):
         if not choices[index]:
             raise UserError(f"task.labels: the word of {key} is empty: give one")
-        if choices[index] in choices[:index]:
-            raise UserError(f"task.labels: {word!r} of {key} has the tokens of another label word: change one")
+        if choices[index][0] in [earlier[0] for earlier in choices[:index]]:
+            raise UserError(f"task.labels: {word!r} of {key} begins with the token of another label word: change one")
     examples = []
     for number, (record, prompt) in enumerate(zip(records, prompt_ids, strict=True), 1):
         label = str(_require(record, task.label, "task.label", number, records))
@@ -115,7 +121,33 @@ def _classified(
                 "add it to task.labels or drop the record"
             )
         answer = classes.index(label)
-        examples.append(Example(tuple(prompt), choices[answer], choices, answer, ()))
+        examples.append(Example(tuple(prompt), choices[answer], choices, answer, (), contrasted=True))
+    return examples
+
+
+def _chosen(
+    records: Sequence[dict[str, Any]],
+    prompt_ids: list[list[int]],
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Example]:
+    assert task.label is not None and task.choices is not None
+    examples = []
+    for number, (record, prompt) in enumerate(zip(records, prompt_ids, strict=True), 1):
+        texts = _require(record, task.choices, "task.choices", number, records)
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise UserError(
+                f"{_name(number, records)}: field {task.choices} must be a list of texts, none of them empty"
+            )
+        label = _require(record, task.label, "task.label", number, records)
+        right = label if isinstance(label, list) else [label]
+        if not right or not all(type(index) is int and 0 <= index < len(texts) for index in right):
+            raise UserError(
+                f"{_name(number, records)}: field {task.label} is {label}: give the number of the right one of "
+                f"{len(texts)} choices, from 0, or a list of such"
+            )
+        choices = tuple(_continuations(texts, tokenizer))
+        examples.append(Example(tuple(prompt), choices[right[0]], choices, right[0], (), tuple(right[1:])))
     return examples
 
 

@@ -1,4 +1,4 @@
-"""Held-out scores: label words by likelihood, completions by greedy generation.
+"""Held-out scores: label words and choices by likelihood, completions by greedy generation.
 
 Evaluation forwards are guests without perturbation: they share gathers like the lanes of a step
 and leave no trace in the engine. Examples are dealt to ranks in chunks whose composition does not
@@ -27,7 +27,7 @@ class EvaluationStoppedError(Exception):
 
 
 def metric_name(examples: Sequence[Example]) -> str:
-    """What `evaluate` reports first: accuracy for label words, exact_match for completions."""
+    """What `evaluate` reports first: accuracy for label words and choices, exact_match for completions."""
     return "accuracy" if examples[0].choices else "exact_match"
 
 
@@ -51,7 +51,7 @@ def evaluate(
     def run_of(chunk: list[Example]) -> Callable[[nn.Module], torch.Tensor]:
         if chunk[0].choices:
             batch = placed(collate_choices(chunk, pad_id, config.padding), inputs, engine.device)
-            return lambda model: _choice_score(model, batch)
+            return lambda model: _choice_score(choice_scores(model, batch), chunk)
         batch = placed(collate_prompts(chunk, pad_id), inputs, engine.device)
         return lambda model: _completion_score(_generate(model, batch, max_new_tokens), chunk, tokenizer)
 
@@ -81,10 +81,12 @@ def placed(batch: Batch, inputs: frozenset[str], device: torch.device) -> Batch:
     return {key: value.to(device) for key, value in batch.items() if key in wanted}
 
 
-def _choice_score(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """float64 [examples, 2], 1 where the likeliest label word is right (twice, for the shape)."""
-    right = choice_scores(model, batch).argmax(dim=1) == batch["answer"]
-    return right.double().cpu().unsqueeze(1).expand(-1, 2)
+def _choice_score(scores: torch.Tensor, chunk: list[Example]) -> torch.Tensor:
+    """float64 [examples, 2], 1 where the likeliest choice is right (twice, for the shape)."""
+    # A row may end in scores of fillers.
+    likeliest = [int(row[: len(example.choices)].argmax()) for row, example in zip(scores, chunk, strict=True)]
+    right = [best in (e.answer, *e.also_right) for best, e in zip(likeliest, chunk, strict=True)]
+    return torch.tensor(right, dtype=torch.float64).unsqueeze(1).expand(-1, 2)
 
 
 def _completion_score(tokens: torch.Tensor, chunk: list[Example], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from addax_ds.baselines import Baseline
 from addax_ds.config import RunConfig, TaskConfig
 from addax_ds.data.batches import Batch, batch_indices, micro_batches
+from addax_ds.data.named_tasks import named_task
 from addax_ds.data.partition import Partition, check_pools, partition
-from addax_ds.data.sources import load_records, split_records
+from addax_ds.data.sources import held_out_beside, load_records, split_records
 from addax_ds.data.tasks import Example, encode
 from addax_ds.digest import weights_digest
 from addax_ds.errors import PreemptedError, UserError
@@ -64,16 +65,19 @@ def prepare_inputs(config: RunConfig) -> Prepared:
     if config.engine == "deepspeed":
         read_ds_config(config)
     records, brought = load_records(config.data)
-    task = config.task or brought
-    if task is None:
+    named = config.task or brought
+    if named is None:
         raise UserError(
             f"data {config.data} brings no task: set task.prompt with task.label and task.labels, or task.completion"
         )
+    task, records = _fitted(named, records)
     drawn = None if config.train_samples is None else config.train_samples + config.dev_samples
-    held_out_here = config.eval_samples if config.eval_data is None else 0
+    eval_data = config.eval_data or held_out_beside(config.data)
+    held_out_here = config.eval_samples if eval_data is None else 0
     train, held_out = split_records(records, drawn, held_out_here, config.seed)
-    if config.eval_data is not None:
-        _, held_out = split_records(load_records(config.eval_data)[0], 0, config.eval_samples, config.seed)
+    if eval_data is not None:
+        _, apart = _fitted(named, load_records(eval_data)[0])
+        _, held_out = split_records(apart, 0, config.eval_samples, config.seed)
     if len(train) <= config.dev_samples:
         raise UserError(f"{len(train)} samples are too few for dev_samples={config.dev_samples}: lower it")
     first_dev = len(train) - config.dev_samples
@@ -89,6 +93,11 @@ def prepare_inputs(config: RunConfig) -> Prepared:
         encode(train[first_dev:], task, tokenizer, longest, generated) if config.dev_samples else [],
         encode(held_out, task, tokenizer, longest, generated),
     )
+
+
+def _fitted(task: TaskConfig | str, records: list[dict[str, Any]]) -> tuple[TaskConfig, list[dict[str, Any]]]:
+    """The task, and the records with the fields that it reads."""
+    return named_task(task, records) if isinstance(task, str) else (task, records)
 
 
 def train(config: RunConfig) -> dict[str, Any] | None:

@@ -107,7 +107,7 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         # A rank that leaves early takes its sockets from collectives still under way.
         dist.barrier()
     except (UserError, PreemptedError):
-        _let_others_meet_it(size)
+        _let_others_meet_it(rank, size)
         raise
     except RuntimeError as error:
         if is_of_another_rank(error):
@@ -127,7 +127,7 @@ def limit_waiting(minutes: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-def _let_others_meet_it(size: int) -> None:
+def _let_others_meet_it(rank: int, size: int) -> None:
     """Wait a moment for ranks that meet the same fault: they may still need this one's sockets."""
     store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + 5.0
     with contextlib.suppress(dist.DistError):  # the store is gone with rank 0, which waits as well
@@ -135,3 +135,7 @@ def _let_others_meet_it(size: int) -> None:
         while count < size and time.monotonic() < end:
             time.sleep(0.05)
             count = store.add("addax_ds/fault", 0)
+        if rank:
+            store.set(f"addax_ds/met/{rank}", "")  # which asks for no answer, so that the store may go
+        while not rank and not store.check([f"addax_ds/met/{r}" for r in range(1, size)]) and time.monotonic() < end:
+            time.sleep(0.05)

@@ -50,6 +50,9 @@ def test_a_methods_meaning_comes_before_what_all_runs_share(tiny):
     ("change", "words"),
     [
         ({"methods": {}}, "methods is empty"),
+        ({"methods": {"../a": {}}}, r"methods: \.\./a: use letters"),
+        ({"methods": {"a": None}}, "methods is"),
+        ({"run": 3}, "run is 3"),
         ({"seeds": [0, 1]}, "seeds has 2: a spread needs 3"),
         ({"seeds": [0, 1, 1]}, "seeds holds one twice"),
         ({"methods": {"a": {"seed": 4}}}, "seed is set by the comparison"),

@@ -4,6 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.training.tiny import tiny as tiny
+
 CORPUS = [
     "the film was great. It was great",
     "a terrible mess. It was terrible",

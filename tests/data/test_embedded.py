@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from addax_ds.cli.prepare import prepare
 from addax_ds.data import embedded
 from addax_ds.data.embedded import EMBEDDED_DATA, prepare_data, prepare_model, sentiment_records
+from addax_ds.data.named_tasks import named_task
 from addax_ds.data.partition import partition
 from addax_ds.data.sources import load_records
 from addax_ds.data.tasks import encode
@@ -179,7 +180,7 @@ def test_embedded_data_holds_the_known_records_and_no_text_twice(name, negative,
     assert Counter(record["label"] for record in records) == {0: negative, 1: positive}
     assert len({record["text"] for record in records}) == len(records)
     assert all(set(record) == {"text", "label"} and record["text"].strip() for record in records)
-    assert task is EMBEDDED_DATA[name].task
+    assert task == name and named_task(name, records) == (EMBEDDED_DATA[name].task, records)
 
 
 def test_movies_are_read_as_utf8():
@@ -217,7 +218,7 @@ def test_the_model_loads_plainly_offline_and_answers(model_folder, monkeypatch):
 
 
 def test_movies_in_tokens_are_what_the_documentation_says(model_folder):
-    records, task = load_records("movies")
+    task, records = named_task("movies", load_records("movies")[0])
     examples = encode(records, task, AutoTokenizer.from_pretrained(model_folder), 8192)
     lengths = [example.length for example in examples]
     assert (min(lengths), partition(lengths, "auto").lt, max(lengths)) == (6, 27, 72)

@@ -1,0 +1,141 @@
+"""Tasks by name: the eleven of MeZO's protocol (Malladi et al., NeurIPS 2023), and those of the embedded data.
+
+Each of the eleven is a dataset of the hub with a prompt, and what makes its records fit the prompt. Its
+held-out samples come from the validation split, since the tests' labels are not public.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from addax_ds.config import TaskConfig, nearest
+from addax_ds.data.embedded import EMBEDDED_DATA
+from addax_ds.errors import UserError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HubTask:
+    """A dataset of the hub as a task."""
+
+    dataset: str
+    """ID:CONFIG, or ID."""
+    task: TaskConfig
+    fit: Callable[[Record], Record] = dict
+    """A record with the fields that the task reads."""
+
+
+def _yes_or_no(prompt: str, yes: int = 1) -> TaskConfig:
+    return TaskConfig(prompt=prompt, label="label", labels={str(1 - yes): "No", str(yes): "Yes"})
+
+
+def _copa(record: Record) -> Record:
+    """The premise runs on into each choice."""
+    connective = {"cause": "because", "effect": "so"}[record["question"]]
+    choices = [f" {record[name][:1].lower()}{record[name][1:]}" for name in ("choice1", "choice2")]
+    return {"premise": record["premise"].rstrip(" ."), "connective": connective, "choices": choices, **_label(record)}
+
+
+def _label(record: Record) -> Record:
+    return {"label": record["label"]}
+
+
+def _record(record: Record) -> Record:
+    """The entities of the passage are the choices, and any of the answers is right."""
+    entities = list(dict.fromkeys([*record["entities"], *record["answers"]]))
+    return {
+        "passage": record["passage"].replace("@highlight\n", "- "),
+        "query": record["query"],
+        "choices": [f" {entity}" for entity in entities],
+        "label": [entities.index(answer) for answer in dict.fromkeys(record["answers"])],
+    }
+
+
+def _squad(record: Record) -> Record:
+    return {**record, "answers": list(dict.fromkeys(record["answers"]["text"]))}
+
+
+def _drop(record: Record) -> Record:
+    return {**record, "answers": list(dict.fromkeys(record["answers_spans"]["spans"]))}
+
+
+_SUPER_GLUE = "aps/super_glue"
+HUB_TASKS: dict[str, HubTask] = {
+    "sst2": HubTask(
+        "nyu-mll/glue:sst2",
+        TaskConfig(prompt="{sentence} It was", label="label", labels={"0": " terrible", "1": " great"}),
+    ),
+    "rte": HubTask(
+        f"{_SUPER_GLUE}:rte",
+        _yes_or_no('{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', yes=0),
+    ),
+    "cb": HubTask(
+        f"{_SUPER_GLUE}:cb",
+        TaskConfig(
+            prompt='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+            label="label",
+            labels={"0": "Yes", "1": "No", "2": "Maybe"},
+        ),
+    ),
+    "boolq": HubTask(f"{_SUPER_GLUE}:boolq", _yes_or_no("{passage} {question}?\n")),
+    "wsc": HubTask(
+        f"{_SUPER_GLUE}:wsc.fixed",
+        _yes_or_no(
+            '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? Yes or No?\n'
+        ),
+    ),
+    "wic": HubTask(
+        f"{_SUPER_GLUE}:wic",
+        _yes_or_no(
+            'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{sentence1}\n{sentence2}\n'
+        ),
+    ),
+    "multirc": HubTask(
+        f"{_SUPER_GLUE}:multirc",
+        _yes_or_no('{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n'),
+    ),
+    "copa": HubTask(
+        f"{_SUPER_GLUE}:copa", TaskConfig(prompt="{premise} {connective}", label="label", choices="choices"), _copa
+    ),
+    "record": HubTask(
+        f"{_SUPER_GLUE}:record",
+        TaskConfig(
+            prompt='{passage}\n{query}\nQuestion: What is the "@placeholder"?\nAnswer:',
+            label="label",
+            choices="choices",
+        ),
+        _record,
+    ),
+    "squad": HubTask(
+        "rajpurkar/squad",
+        TaskConfig(prompt="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:", completion="answers"),
+        _squad,
+    ),
+    "drop": HubTask(
+        "ucinlp/drop",
+        TaskConfig(prompt="Passage: {passage}\nQuestion: {question}\nAnswer:", completion="answers"),
+        _drop,
+    ),
+}
+
+
+def named_task(name: str, records: list[Record]) -> tuple[TaskConfig, list[Record]]:
+    """The task of this name, and records of its dataset's schema with the fields that it reads.
+
+    Raises `UserError` for an unknown name and for a record of another schema, numbered from 1.
+    """
+    if name in EMBEDDED_DATA:
+        return EMBEDDED_DATA[name].task, records
+    if name not in HUB_TASKS:
+        raise UserError(f"task is {name}{nearest(name, [*HUB_TASKS, *EMBEDDED_DATA])}")
+    fitted = []
+    for number, record in enumerate(records, 1):
+        try:
+            fitted.append(HUB_TASKS[name].fit(record))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"record {number} is none of {name}: {type(error).__name__} {error}: its fields are "
+                f"{', '.join(map(str, record))}"
+            ) from None
+    return HUB_TASKS[name].task, fitted

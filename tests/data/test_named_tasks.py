@@ -1,0 +1,278 @@
+"""The eleven tasks by name: prompts and right answers of records with their datasets' schemas, and runs of them."""
+
+import json
+import shutil
+
+import pytest
+
+from addax_ds.config import TaskConfig
+from addax_ds.data import sources
+from addax_ds.data.batches import collate_choices, micro_batches
+from addax_ds.data.named_tasks import HUB_TASKS, named_task
+from addax_ds.data.sources import held_out_beside, load_records
+from addax_ds.data.tasks import encode
+from addax_ds.errors import UserError
+from addax_ds.training.metrics import read_json
+from addax_ds.training.models import load_tokenizer
+from tests.cli.commands import run
+
+# A record of each dataset, what is asked of it, what may follow, and which of that is right.
+CASES = {
+    "sst2": ({"sentence": "a warm day", "label": 1, "idx": 0}, "a warm day It was", [" terrible", " great"], [1]),
+    "rte": (
+        {"premise": "It rained.", "hypothesis": "It was dry.", "label": 1, "idx": 0},
+        'It rained.\nDoes this mean that "It was dry." is true? Yes or No?\n',
+        ["No", "Yes"],
+        [0],
+    ),
+    "cb": (
+        {"premise": "He left.", "hypothesis": "He was there", "label": 2, "idx": 0},
+        'Suppose He left. Can we infer that "He was there"? Yes, No, or Maybe?\n',
+        ["Yes", "No", "Maybe"],
+        [2],
+    ),
+    "boolq": (
+        {"question": "is the sea salt", "passage": "Seas hold salt.", "label": 1, "idx": 0},
+        "Seas hold salt. is the sea salt?\n",
+        ["No", "Yes"],
+        [1],
+    ),
+    "wsc": (
+        {
+            **{"text": "Ann saw Bea, and she ran.", "span1_text": "Bea", "span2_text": "she"},
+            **{"span1_index": 2, "span2_index": 4, "label": 0, "idx": 0},
+        },
+        'Ann saw Bea, and she ran.\nIn the previous sentence, does the pronoun "she" refer to Bea? Yes or No?\n',
+        ["No", "Yes"],
+        [0],
+    ),
+    "wic": (
+        {
+            **{"word": "bank", "sentence1": "A bank of mud.", "sentence2": "The bank was shut.", "label": 0},
+            **{"start1": 2, "end1": 6, "start2": 4, "end2": 8, "idx": 0},
+        },
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\nA bank of mud.\n'
+        "The bank was shut.\n",
+        ["No", "Yes"],
+        [0],
+    ),
+    "multirc": (
+        {"paragraph": "Tom ate.", "question": "Who ate?", "answer": "Tom", "label": 1, "idx": {"paragraph": 0}},
+        'Tom ate.\nQuestion: Who ate?\nI found this answer "Tom". Is that correct? Yes or No?\n',
+        ["No", "Yes"],
+        [1],
+    ),
+    "copa": (
+        {
+            **{"premise": "The cup fell.", "choice1": "It broke.", "choice2": "I slept.", "question": "effect"},
+            **{"label": 0, "idx": 0},
+        },
+        "The cup fell so",
+        [" it broke.", " i slept."],
+        [0],
+    ),
+    "record": (
+        {
+            **{"passage": "Rain fell in Rome.\n@highlight\nOslo was dry.", "query": "In @placeholder it rained."},
+            **{"entities": ["Oslo", "Rome", "Rain"], "answers": ["Rome", "Rain"], "idx": {"passage": 0}},
+        },
+        "Rain fell in Rome.\n- Oslo was dry.\nIn @placeholder it rained.\n"
+        'Question: What is the "@placeholder"?\nAnswer:',
+        [" Oslo", " Rome", " Rain"],
+        [1, 2],
+    ),
+    "squad": (
+        {
+            **{"id": "0", "title": "Rain", "context": "It fell in Rome.", "question": "Where?"},
+            "answers": {"text": ["Rome", "in Rome", "Rome"], "answer_start": [11, 8, 11]},
+        },
+        "Title: Rain\nContext: It fell in Rome.\nQuestion: Where?\nAnswer:",
+        ["Rome", "in Rome"],
+        None,
+    ),
+    "drop": (
+        {
+            **{"passage": "Two of ten fell.", "question": "How many stood?", "section_id": "a", "query_id": "b"},
+            "answers_spans": {"spans": ["8", "eight"], "types": ["number", "span"]},
+        },
+        "Passage: Two of ten fell.\nQuestion: How many stood?\nAnswer:",
+        ["8", "eight"],
+        None,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(str(tiny.model))
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory):
+    """The tiny model, of which longer texts may be asked."""
+    folder = tmp_path_factory.mktemp("long") / "model"
+    shutil.copytree(tiny.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    return folder
+
+
+def test_every_task_has_a_case():
+    assert CASES.keys() == HUB_TASKS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_record_becomes_its_prompt_and_answers(tokenizer, name):
+    record, prompt, answers, right = CASES[name]
+    task, records = named_task(name, [record])
+    (example,) = encode(records, task, tokenizer, 10_000)
+
+    def text(tokens):
+        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    # Words that the tiny vocabulary lacks read alike on both sides.
+    assert text(example.prompt) == text(tokenizer(prompt)["input_ids"])
+    filled = task.prompt.format_map(records[0])
+    assert filled == prompt
+    if right is None:
+        assert list(example.references) == answers and not example.choices
+    else:
+        words = list(task.labels.values()) if task.labels else records[0]["choices"]
+        assert words == answers and len(example.choices) == len(answers)
+        assert [example.answer, *example.also_right] == right
+        assert example.contrasted == (task.labels is not None)
+
+
+def many(name, count=24):
+    """Records like the one of the case, each a little different, of all classes."""
+    record = CASES[name][0]
+    field = next(
+        field
+        for field in ("sentence", "premise", "passage", "text", "sentence1", "paragraph", "context")
+        if field in record
+    )
+    made = []
+    for number in range(count):
+        one = {**record, field: f"{'again ' * (number % 5)}{record[field]}"}
+        if name == "record":
+            one["entities"] = record["entities"] + ["Bonn", "Bern"][: number % 3]
+        elif "label" in record:
+            one["label"] = number % 2
+        made.append(one)
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_of_every_task_comes_to_its_end(tiny, model, tmp_path, name):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in many(name)))
+    words = [
+        "data=data.jsonl",
+        f"task={name}",
+        "train_samples=16",
+        "eval_samples=8",
+        "steps=2",
+        "save=false",
+        "lt=auto",
+    ]
+    run("train", tiny.run_file, *words, f"model={model}", "output=out", cwd=tmp_path).check()
+    summary = read_json(tmp_path / "out" / "summary.json")
+    metric = "exact_match" if name in ("squad", "drop") else "accuracy"
+    assert summary["metric_name"] == metric and 0 <= summary[f"{metric}_after"] <= 1
+    assert (metric == "accuracy") or 0 <= summary["f1_after"] <= 1
+
+
+def test_choices_of_different_numbers_do_not_disturb_each_other(tiny, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from addax_ds.loss import choice_scores
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.model).eval()
+    task, records = named_task("record", many("record", 6))
+    examples = encode(records, task, tokenizer, 10_000)
+    assert len({len(example.choices) for example in examples}) > 1
+    inputs = ("input_ids", "attention_mask", "position_ids", "labels", "choices")
+
+    def scores(some):
+        batch = collate_choices(some, tokenizer.pad_token_id, "right")
+        found = choice_scores(model, {key: batch[key] for key in inputs if key in batch})
+        return [row[: len(example.choices)].tolist() for row, example in zip(found, some, strict=True)]
+
+    alone = [scores([example])[0] for example in examples]
+    for together, apart in zip(scores(examples), alone, strict=True):
+        assert together == pytest.approx(apart, abs=1e-4)
+
+
+def test_multiple_choice_trains_on_the_right_answer_alone(tokenizer):
+    task, records = named_task("copa", many("copa", 2))
+    examples = encode(records, task, tokenizer, 10_000)
+    (batch,) = micro_batches(examples, 2, tokenizer.pad_token_id, "right")
+    assert "labels" in batch and "answer" not in batch
+    assert (batch["labels"] >= 0).sum() == sum(len(example.target) for example in examples)
+
+
+def test_a_name_asks_the_hub_for_its_dataset_and_both_splits(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*words, **options):
+        asked.append((words, options))
+        return [CASES["rte"][0]]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_records("rte") == ([CASES["rte"][0]], "rte")
+    assert load_records(held_out_beside("rte"))[1] == "rte"
+    assert asked == [
+        (("aps/super_glue", "rte"), {"split": "train"}),
+        (("aps/super_glue", "rte"), {"split": "validation"}),
+    ]
+    assert held_out_beside("movies") is None and sources.held_out_beside("data.jsonl") is None
+
+
+def test_what_is_no_task_or_no_record_of_it_is_one_line():
+    with pytest.raises(UserError, match=r"task is coppa, did you mean copa\?"):
+        named_task("coppa", [])
+    with pytest.raises(UserError, match="record 2 is none of squad: KeyError 'answers': its fields are question"):
+        named_task("squad", [CASES["squad"][0], {"question": "Where?"}])
+
+
+def labelled(first, second):
+    return TaskConfig(prompt="{text} It was", label="label", labels={"0": first, "1": second})
+
+
+def test_label_words_that_begin_alike_are_refused(tokenizer):
+    records = [{"text": "a warm day", "label": 0}]
+    with pytest.raises(UserError, match="begins with the token of another label word"):
+        encode(records, labelled(" great day", " great film"), tokenizer, 100)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"choices": "one", "label": 0}, "choices must be a list of texts"),
+        ({"choices": [" a", " "], "label": 0}, "choices must be a list of texts, none of them empty"),
+        ({"choices": [" a", " b"], "label": 2}, "label is 2: give the number of the right one of 2 choices"),
+        ({"choices": [" a", " b"], "label": True}, "label is True: give the number"),
+        ({"choices": [" a", " b"], "label": []}, r"label is \[\]: give the number"),
+        ({"choices": [" a", " b"]}, "task.label names field label, which the record lacks"),
+    ],
+)
+def test_choices_that_cannot_be_read_are_one_line(tokenizer, record, words):
+    task = TaskConfig(prompt="{text}", label="label", choices="choices")
+    with pytest.raises(UserError, match=words):
+        encode([{"text": "so", **record}], task, tokenizer, 100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"label": "a", "choices": "b", "completion": "c"}, "either choices or completion"),
+        ({"label": "a", "labels": {"0": "x", "1": "y"}, "choices": "b"}, "either labels or choices"),
+        ({"choices": "b"}, "task.choices goes with task.label"),
+        ({"completion": "b", "label": "a"}, "task.completion goes without task.label"),
+        ({"label": "a"}, "a task needs label with labels or choices, or completion"),
+    ],
+)
+def test_a_task_is_of_one_kind(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TaskConfig(prompt="{text}", **settings)
