@@ -15,9 +15,9 @@ from addax_ds.loss import choice_loss, choice_scores
 PAD = 0
 CHOICES = ((11, 12), (13,))
 EXAMPLES = [
-    Example((1, 2, 3, 4, 5), (11, 12), CHOICES, 0, ()),
-    Example((6,), (13,), CHOICES, 1, ()),
-    Example((PAD, 7, 8), (13,), CHOICES, 1, ()),  # a pad token that is text: OPT and SmolLM2 have such
+    Example((1, 2, 3, 4, 5), (11, 12), CHOICES, 0, (), contrasted=True),
+    Example((6,), (13,), CHOICES, 1, (), contrasted=True),
+    Example((PAD, 7, 8), (13,), CHOICES, 1, (), contrasted=True),  # a pad token that is text: OPT and SmolLM2 have such
 ]
 POOL = [3, 14, 15, 92, 65, 35, 89]
 

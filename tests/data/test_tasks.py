@@ -120,7 +120,7 @@ def test_label_without_a_word_is_named_with_the_known_ones(byte_level):
 
 def test_label_words_that_cannot_be_told_apart_are_refused(byte_level):
     task = TaskConfig(prompt="{text}", label="label", labels={"0": " great", "1": " great"})
-    with pytest.raises(UserError, match="tokens of another label word"):
+    with pytest.raises(UserError, match="begins with the token of another label word"):
         one(FILM, task, byte_level)
     with pytest.raises(UserError, match="word of 0 is empty"):
         one(FILM, TaskConfig(prompt="{text}", label="label", labels={"0": "", "1": " b"}), byte_level)
