@@ -145,7 +145,7 @@ def _train(
     limit_waiting(config.timeout_minutes)
     state: RunState | UnsavedState
     if isinstance(optimizer, Baseline):
-        state = UnsavedState(config, folder, optimizer, say)
+        state = UnsavedState(config, folder, optimizer, resuming, say)
     else:
         state = RunState(config, folder, optimizer, data, len(prepared.train), resuming, say)
     try:

@@ -20,8 +20,12 @@ class UnsavedState:
     before: dict[str, float] | None = None
     steps = 0
 
-    def __init__(self, config: RunConfig, folder: Path, optimizer: Optimizer, say: Callable[[str], Any]) -> None:
-        self._config, self._folder, self._engine, self._say = config, folder, optimizer.engine, say
+    def __init__(
+        self, config: RunConfig, folder: Path, optimizer: Optimizer, resuming: bool, say: Callable[[str], Any]
+    ) -> None:
+        self._config, self._folder, self._engine = config, folder, optimizer.engine
+        if resuming:
+            say(f"{config.method} keeps no checkpoints: the run starts anew")
         self._metrics: MetricsWriter | None = None
         self._score: Callable[[], dict[str, float]]
 

@@ -5,13 +5,15 @@ import subprocess
 
 import pytest
 
+from addax_ds.compare.plan import check, load_comparison
 from addax_ds.config import RunConfig, load_run
 from addax_ds.training.models import read_ds_config
 from tests.launch.processes import ROOT
 
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
 DS_CONFIGS = sorted(ROOT.glob("ds_configs/*.json"))
-RUN_FILES = sorted(ROOT.glob("launch/*.yaml"))
+COMPARISONS = sorted(ROOT.glob("launch/reproduce/compare_*.yaml"))
+RUN_FILES = sorted({*ROOT.glob("launch/**/*.yaml")} - {*COMPARISONS})
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -43,6 +45,11 @@ def test_run_files_load(path, monkeypatch):
     config = load_run(str(path), [])
     if config.ds_config is not None:
         read_ds_config(config)
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
+def test_comparisons_load(path):
+    check(load_comparison(path))
 
 
 def test_the_quickstart_is_zero3_on_the_embedded_model_and_data():

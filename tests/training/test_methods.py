@@ -160,7 +160,7 @@ def test_a_baseline_that_was_killed_starts_anew(tiny, tmp_path):
     assert killed.status == -signal.SIGKILL and len(read_metrics(tmp_path / "out")) == 3
     asked = run(*words, "output=out", cwd=tmp_path, before=Death("evaluation", 0, 1, signal.SIGTERM))
     assert asked.status == 143 and "after step 2: adamw keeps no checkpoints" in asked.error
-    run(*words, "output=out", cwd=tmp_path).check()
+    assert "the run starts anew" in run(*words, "output=out", cwd=tmp_path).check().output
     assert [record["step"] for record in read_metrics(tmp_path / "out")] == [*range(1, 7)]
     digests = {read_json(tmp_path / name / "summary.json")["final_digest"] for name in ("whole", "out")}
     assert len(digests) == 1
