@@ -30,34 +30,50 @@ def _yes_or_no(prompt: str, yes: int = 1) -> TaskConfig:
     return TaskConfig(prompt=prompt, label="label", labels={str(1 - yes): "No", str(yes): "Yes"})
 
 
+def _sst2(record: Record) -> Record:
+    # The dataset ends every sentence with a space.
+    return {**record, "sentence": record["sentence"].strip()}
+
+
+def _boolq(record: Record) -> Record:
+    # The dataset's questions are as people typed them into a search engine.
+    return {**record, "question": record["question"][:1].upper() + record["question"][1:].removesuffix("?")}
+
+
+def _wsc(record: Record) -> Record:
+    return {**record, "span2_text": record["span2_text"].lower()}
+
+
 def _copa(record: Record) -> Record:
     """The premise runs on into each choice."""
     connective = {"cause": "because", "effect": "so"}[record["question"]]
-    choices = [f" {record[name][:1].lower()}{record[name][1:]}" for name in ("choice1", "choice2")]
-    return {"premise": record["premise"].rstrip(" ."), "connective": connective, "choices": choices, **_label(record)}
+    choices = [f" {_within_a_sentence(record[name])}" for name in ("choice1", "choice2")]
+    return {**record, "premise": record["premise"].rstrip(" ."), "connective": connective, "choices": choices}
 
 
-def _label(record: Record) -> Record:
-    return {"label": record["label"]}
+def _within_a_sentence(text: str) -> str:
+    first, space, rest = text.partition(" ")
+    return (first if first == "I" else first.lower()) + space + rest
 
 
 def _record(record: Record) -> Record:
-    """The entities of the passage are the choices, and any of the answers is right."""
+    """The choices are the query with each entity in its gap, as one more point of the summary; any answer is right."""
     entities = list(dict.fromkeys([*record["entities"], *record["answers"]]))
     return {
         "passage": record["passage"].replace("@highlight\n", "- "),
-        "query": record["query"],
-        "choices": [f" {entity}" for entity in entities],
+        "choices": [" " + record["query"].replace("@placeholder", entity) for entity in entities],
         "label": [entities.index(answer) for answer in dict.fromkeys(record["answers"])],
     }
 
 
 def _squad(record: Record) -> Record:
-    return {**record, "answers": list(dict.fromkeys(record["answers"]["text"]))}
+    answers = list(dict.fromkeys(record["answers"]["text"]))
+    return {**record, "question": record["question"].strip(), "answers": answers}
 
 
 def _drop(record: Record) -> Record:
-    return {**record, "answers": list(dict.fromkeys(record["answers_spans"]["spans"]))}
+    answers = list(dict.fromkeys(record["answers_spans"]["spans"]))
+    return {**record, "question": record["question"].strip(), "answers": answers}
 
 
 _SUPER_GLUE = "aps/super_glue"
@@ -65,6 +81,7 @@ HUB_TASKS: dict[str, HubTask] = {
     "sst2": HubTask(
         "nyu-mll/glue:sst2",
         TaskConfig(prompt="{sentence} It was", label="label", labels={"0": " terrible", "1": " great"}),
+        _sst2,
     ),
     "rte": HubTask(
         f"{_SUPER_GLUE}:rte",
@@ -78,12 +95,13 @@ HUB_TASKS: dict[str, HubTask] = {
             labels={"0": "Yes", "1": "No", "2": "Maybe"},
         ),
     ),
-    "boolq": HubTask(f"{_SUPER_GLUE}:boolq", _yes_or_no("{passage} {question}?\n")),
+    "boolq": HubTask(f"{_SUPER_GLUE}:boolq", _yes_or_no("{passage} {question}?\n"), _boolq),
     "wsc": HubTask(
         f"{_SUPER_GLUE}:wsc.fixed",
         _yes_or_no(
             '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? Yes or No?\n'
         ),
+        _wsc,
     ),
     "wic": HubTask(
         f"{_SUPER_GLUE}:wic",
@@ -100,21 +118,21 @@ HUB_TASKS: dict[str, HubTask] = {
     ),
     "record": HubTask(
         f"{_SUPER_GLUE}:record",
-        TaskConfig(
-            prompt='{passage}\n{query}\nQuestion: What is the "@placeholder"?\nAnswer:',
-            label="label",
-            choices="choices",
-        ),
+        TaskConfig(prompt="{passage}\n-", label="label", choices="choices"),
         _record,
     ),
     "squad": HubTask(
         "rajpurkar/squad",
-        TaskConfig(prompt="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:", completion="answers"),
+        TaskConfig(
+            prompt="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+            completion="answers",
+            max_new_tokens=50,
+        ),
         _squad,
     ),
     "drop": HubTask(
         "ucinlp/drop",
-        TaskConfig(prompt="Passage: {passage}\nQuestion: {question}\nAnswer:", completion="answers"),
+        TaskConfig(prompt="Passage: {passage}\nQuestion: {question}\nAnswer:", completion="answers", max_new_tokens=50),
         _drop,
     ),
 }

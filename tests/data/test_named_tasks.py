@@ -18,7 +18,7 @@ from tests.cli.commands import run
 
 # A record of each dataset, what is asked of it, what may follow, and which of that is right.
 CASES = {
-    "sst2": ({"sentence": "a warm day", "label": 1, "idx": 0}, "a warm day It was", [" terrible", " great"], [1]),
+    "sst2": ({"sentence": "a warm day ", "label": 1, "idx": 0}, "a warm day It was", [" terrible", " great"], [1]),
     "rte": (
         {"premise": "It rained.", "hypothesis": "It was dry.", "label": 1, "idx": 0},
         'It rained.\nDoes this mean that "It was dry." is true? Yes or No?\n',
@@ -33,13 +33,13 @@ CASES = {
     ),
     "boolq": (
         {"question": "is the sea salt", "passage": "Seas hold salt.", "label": 1, "idx": 0},
-        "Seas hold salt. is the sea salt?\n",
+        "Seas hold salt. Is the sea salt?\n",
         ["No", "Yes"],
         [1],
     ),
     "wsc": (
         {
-            **{"text": "Ann saw Bea, and she ran.", "span1_text": "Bea", "span2_text": "she"},
+            **{"text": "Ann saw Bea, and she ran.", "span1_text": "Bea", "span2_text": "She"},
             **{"span1_index": 2, "span2_index": 4, "label": 0, "idx": 0},
         },
         'Ann saw Bea, and she ran.\nIn the previous sentence, does the pronoun "she" refer to Bea? Yes or No?\n',
@@ -68,7 +68,7 @@ CASES = {
             **{"label": 0, "idx": 0},
         },
         "The cup fell so",
-        [" it broke.", " i slept."],
+        [" it broke.", " I slept."],
         [0],
     ),
     "record": (
@@ -76,14 +76,13 @@ CASES = {
             **{"passage": "Rain fell in Rome.\n@highlight\nOslo was dry.", "query": "In @placeholder it rained."},
             **{"entities": ["Oslo", "Rome", "Rain"], "answers": ["Rome", "Rain"], "idx": {"passage": 0}},
         },
-        "Rain fell in Rome.\n- Oslo was dry.\nIn @placeholder it rained.\n"
-        'Question: What is the "@placeholder"?\nAnswer:',
-        [" Oslo", " Rome", " Rain"],
+        "Rain fell in Rome.\n- Oslo was dry.\n-",
+        [" In Oslo it rained.", " In Rome it rained.", " In Rain it rained."],
         [1, 2],
     ),
     "squad": (
         {
-            **{"id": "0", "title": "Rain", "context": "It fell in Rome.", "question": "Where?"},
+            **{"id": "0", "title": "Rain", "context": "It fell in Rome.", "question": " Where?"},
             "answers": {"text": ["Rome", "in Rome", "Rome"], "answer_start": [11, 8, 11]},
         },
         "Title: Rain\nContext: It fell in Rome.\nQuestion: Where?\nAnswer:",
@@ -92,7 +91,7 @@ CASES = {
     ),
     "drop": (
         {
-            **{"passage": "Two of ten fell.", "question": "How many stood?", "section_id": "a", "query_id": "b"},
+            **{"passage": "Two of ten fell.", "question": "How many stood? ", "section_id": "a", "query_id": "b"},
             "answers_spans": {"spans": ["8", "eight"], "types": ["number", "span"]},
         },
         "Passage: Two of ten fell.\nQuestion: How many stood?\nAnswer:",
