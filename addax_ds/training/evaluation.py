@@ -57,8 +57,7 @@ def evaluate(
 
     # Like lengths together, so that little of a chunk is padding.
     order = sorted(range(len(examples)), key=lambda index: (examples[index].length, index))
-    size = config.eval_micro_batch
-    chunks = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    chunks = _chunks(order, [_rows(example) for example in examples], config.eval_micro_batch)
     scores = torch.zeros(len(examples), 2, dtype=torch.float64)
     for first in range(0, len(chunks), engine.world_size * _LANES):
         if engine.sum(torch.tensor([float(asked_to_end())])).item():
@@ -73,6 +72,28 @@ def evaluate(
     if examples[0].choices:
         return {"accuracy": first_score}
     return {"exact_match": first_score, "f1": second_score}
+
+
+def _rows(example: Example) -> int:
+    """Sequences that a forward scores the example with."""
+    one_forward = example.contrasted and all(len(choice) == 1 for choice in example.choices)
+    return 1 if one_forward else max(len(example.choices), 1)
+
+
+def _chunks(order: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
+    """`order` in chunks whose forwards hold `size` sequences at most, and one example at least.
+
+    All examples of a chunk have as many rows as the one with most: a record of ReCoRD has dozens of choices.
+    """
+    chunks: list[list[int]] = []
+    most = 0
+    for index in order:
+        most = max(most, rows[index])
+        if not chunks or (len(chunks[-1]) + 1) * most > size:
+            chunks.append([])
+            most = rows[index]
+        chunks[-1].append(index)
+    return chunks
 
 
 def placed(batch: Batch, inputs: frozenset[str], device: torch.device) -> Batch:

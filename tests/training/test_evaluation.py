@@ -1,6 +1,8 @@
 """Scores are what a reader of the data would compute by hand, whatever path computes them."""
 
 import dataclasses
+import json
+import random
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from addax_ds.loss import choice_loss, choice_scores, token_loss
 from addax_ds.training import evaluation
 from addax_ds.training.models import accepted
 from addax_ds.training.run import prepare_inputs
+from tests.training.tiny import MOODS
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def by_hand(model, example) -> bool:
             logits = model(input_ids=tokens).logits.float().log_softmax(-1)[0]
         positions = range(len(example.prompt), tokens.shape[1])
         means.append(sum(float(logits[p - 1, tokens[0, p]]) for p in positions) / len(choice))
-    return means.index(max(means)) == example.answer
+    return means.index(max(means)) in (example.answer, *example.also_right)
 
 
 @pytest.mark.parametrize("words", [[], ['task.labels={"0": " a terrible mess", "1": " great"}']])
@@ -89,6 +92,43 @@ def test_the_size_of_evaluation_batches_does_not_change_the_score(tiny, score, s
     prepared, config = load(tiny.run_file)
     expected = score(prepared, config)
     assert score(prepared, dataclasses.replace(config, eval_micro_batch=size)) == expected
+
+
+@pytest.fixture(scope="module")
+def choices_file(tiny, tmp_path_factory):
+    """Records with two to five choices of one to four words, of which one or two are right."""
+    draw = random.Random(1)
+    lines = []
+    for line in tiny.reviews.read_text().splitlines()[:80]:
+        count = draw.randint(2, 5)
+        options = [" " + " ".join(draw.choices(MOODS[0] + MOODS[1], k=draw.randint(1, 4))) for _ in range(count)]
+        right = draw.sample(range(count), draw.randint(1, 2))
+        lines.append(json.dumps({"text": json.loads(line)["text"], "options": options, "right": right}) + "\n")
+    path = tmp_path_factory.mktemp("choices") / "choices.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_each_multiple_choice_is_scored_as_alone_whatever_its_neighbours(tiny, model, score, choices_file, padding):
+    task = {"prompt": "{text} It was", "choices": "options", "label": "right"}
+    settings = [f"task={json.dumps(task)}", f"data={choices_file}", "train_samples=20", "eval_samples=60"]
+    prepared, config = load(tiny.run_file, *settings, f"padding={padding}")
+    right = [by_hand(model, example) for example in prepared.held_out]
+    assert 0 < sum(right) < len(right), "a constant score would show nothing"
+    for size in (1, 7, 64):
+        resized = dataclasses.replace(config, eval_micro_batch=size)
+        assert score(prepared, resized) == {"accuracy": pytest.approx(sum(right) / len(right), abs=1e-12)}
+    # A sum could hide two that changed places.
+    batch = collate_choices(prepared.held_out, prepared.tokenizer.pad_token_id, padding)
+    with torch.no_grad():
+        each = evaluation._choice_score(choice_scores(model, batch), prepared.held_out)[:, 0].tolist()
+    assert each == [float(one) for one in right]
+
+
+def test_evaluation_forwards_hold_as_many_sequences_as_they_may_and_one_example_at_least():
+    assert evaluation._chunks([2, 0, 1, 3, 4], [3, 1, 9, 4, 2], 8) == [[2], [0, 1], [3, 4]]
+    assert evaluation._chunks([0, 1, 2, 3], [1, 1, 1, 1], 3) == [[0, 1, 2], [3]]
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
