@@ -14,6 +14,7 @@ import os.path
 from pathlib import Path
 from typing import Any
 
+from addax_ds.config import nearest
 from addax_ds.data.embedded import EMBEDDED_DATA, prepare_data
 from addax_ds.data.named_tasks import HUB_TASKS
 from addax_ds.data.shuffle import permutation
@@ -136,9 +137,9 @@ def _read_dataset(data: str) -> list[Record]:
         raise
     except Exception as error:  # the library, the hub client and the HTTP stack share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
-        known = ", ".join(EMBEDDED_DATA)
+        hint = nearest(data, [*EMBEDDED_DATA, *HUB_TASKS])
         raise UserError(
-            f"{data}: no embedded data ({known}), no local path, no dataset that could be loaded: {reason}"
+            f"{data}: no local path, no dataset that could be loaded ({reason}), no data of that name{hint}"
         ) from None
 
 

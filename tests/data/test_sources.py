@@ -147,14 +147,15 @@ def test_a_malformed_hub_id_is_refused(data):
     assert "ID:CONFIG:SPLIT" in refused(data)
 
 
-def test_a_hub_failure_is_one_line_that_names_the_embedded_data(monkeypatch):
+def test_a_hub_failure_is_one_line_that_names_the_nearest_data(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     message = refused("moviez")
-    assert "movies, amazon" in message
-    assert "no route to host" in message
+    assert "no route to host" in message and "no data of that name, did you mean movies?" in message
+    assert "did you mean copa?" in refused("coppa")
+    assert "known: movies, amazon" in refused("zzzz")
 
 
 NUMBERED = [{"id": number} for number in range(100)]
