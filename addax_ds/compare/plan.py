@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 import re
 from dataclasses import field
 from pathlib import Path
@@ -41,7 +40,8 @@ class Comparison:
         require(len(self.seeds) >= 3, f"seeds has {len(self.seeds)}: a spread needs 3 or more")
         require(len(set(self.seeds)) == len(self.seeds), "seeds holds one twice")
         require(self.ranks >= 1, f"ranks is {self.ranks}: it must be 1 or more")
-        taken = {"seed", "output"} & {*self.run, *itertools.chain(*self.methods.values())}
+        grids = [values["grid"] for values in self.methods.values() if isinstance(values.get("grid"), dict)]
+        taken = {"seed", "output"} & {*self.run, *itertools.chain(*self.methods.values(), *grids)}
         require(not taken, f"{min(taken, default='')} is set by the comparison: leave it out")
 
 
@@ -52,13 +52,14 @@ class Trial:
     method: str
     point: dict[str, Any] = field(hash=False)
     values: dict[str, Any] = field(hash=False)
+    ranks: int
     config: RunConfig
 
     @property
     def name(self) -> str:
         """Of the run's folder; other settings give another."""
         words = [f"{key}-{value}" for key, value in self.point.items()]  # with = it would be taken for a setting
-        digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(repr((self.config, self.ranks)).encode()).hexdigest()[:8]
         name = "_".join([*words, f"seed-{self.config.seed}", digest])
         return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[-120:]
 
@@ -73,7 +74,9 @@ def points_of(comparison: Comparison, method: str) -> list[dict[str, Any]]:
     grid = comparison.methods[method].get("grid") or {}
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise UserError(f"methods: {method}: grid gives each setting a list of values: mend it")
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    require(all(points.count(point) == 1 for point in points), f"methods: {method}: grid has a point twice")
+    return points
 
 
 def trial(comparison: Comparison, method: str, point: dict[str, Any], seed: int) -> Trial:
@@ -81,7 +84,7 @@ def trial(comparison: Comparison, method: str, point: dict[str, Any], seed: int)
     own = {name: value for name, value in comparison.methods[method].items() if name != "grid"}
     shared = for_method(comparison.run, str(own.get("method")))
     values = {**shared, **own, **point, "seed": seed}
-    return Trial(method, point, values, build(RunConfig, values, f"methods: {method}"))
+    return Trial(method, point, values, comparison.ranks, build(RunConfig, values, f"methods: {method}"))
 
 
 def check(comparison: Comparison) -> None:
@@ -89,7 +92,7 @@ def check(comparison: Comparison) -> None:
     sizes = {}
     for method in comparison.methods:
         points = points_of(comparison, method)
-        configs = [trial(comparison, method, point, comparison.seeds[0]).config for point in points]
+        configs = [trial(comparison, method, point, seed).config for point in points for seed in comparison.seeds]
         for config in configs:
             require(config.dev_samples > 0, "grids are compared on samples of their own: set dev_samples in run")
         if configs[0].method_name != "zero-shot":

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from rich.markup import escape
 from rich.table import Table
 
 from addax_ds.compare.plan import Comparison, Trial, points_of
@@ -93,12 +94,17 @@ def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, An
         good = [result for result in own if not result.fault]
         scores = [result.score for result in good]
         summaries = [result.summary for result in good]
-        row = {
+        row: dict[str, Any] = {
             "method": method,
             "points tried": len(points_of(comparison, method)),
             "best point": own[0].trial.point,
             "runs": len(good),
             "diverged": len(own) - len(good),
+        }
+        table.append(row)
+        if not good:
+            continue
+        row |= {
             "metric": good[0].metric,
             "score": statistics.fmean(scores),
             "spread": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -114,7 +120,6 @@ def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, An
             everyone = len(reached) == len(own)
             row[f"seconds to {target}"] = statistics.median(s.seconds for s in reached) if everyone else None
             row[f"samples to {target}"] = statistics.median(s.samples for s in reached) if everyone else None
-        table.append(row)
     return table
 
 
@@ -132,7 +137,7 @@ def write(comparison: Comparison, results: Sequence[Result], output: Path) -> Pa
 
 def table(comparison: Comparison, results: Sequence[Result]) -> Table:
     """The rows for the terminal."""
-    shown = Table(title=f"{comparison.run.get('model', 'model')} on {comparison.run.get('data', 'data')}")
+    shown = Table(title=escape(f"{comparison.run.get('model', 'model')} on {comparison.run.get('data', 'data')}"))
     for column in ("method", "best of", "score", "s/step", "peak", "wire/step", "trained"):
         shown.add_column(column, justify="left" if column in ("method", "best of") else "right")
     for target in comparison.targets:
@@ -140,11 +145,14 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
         shown.add_column(f"samples to {target:g}", justify="right")
     for row in rows(comparison, results):
         point = " ".join(f"{name}={value}" for name, value in row["best point"].items())
+        if not row["runs"]:
+            shown.add_row(escape(row["method"]), f"{row['points tried']}: every one diverged")
+            continue
         diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
         spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
         cells = [
-            row["method"],
-            f"{row['points tried']}: {point}" if point else "-",
+            escape(row["method"]),
+            escape(f"{row['points tried']}: {point}") if point else "-",
             f"{row['metric']} {row['score']:.3f}{spread} ({row['runs']} runs{diverged})",
             "-" if row["seconds per step"] is None else f"{row['seconds per step']:.2f}",
             f"{row['peak memory bytes'] / 2**30:.2f} GiB",
@@ -167,7 +175,7 @@ def _plot(comparison: Comparison, results: Sequence[Result], path: Path) -> None
         courses = [r.course for r in results if r.trial.method == method and r.course]
         if not courses:
             flat = [r.dev_score for r in results if r.trial.method == method and not r.fault]
-            for axes in (by_seconds, by_samples):
+            for axes in (by_seconds, by_samples) if flat else ():
                 axes.axhline(statistics.fmean(flat), color=f"C{number}", linestyle=":", label=method)
             continue
         together = list(zip(*courses, strict=False))
@@ -177,7 +185,7 @@ def _plot(comparison: Comparison, results: Sequence[Result], path: Path) -> None
             x = [statistics.fmean(getattr(score, kind) for score in at) for at in together]
             axes.plot(x, means, "o-", markersize=3, color=f"C{number}", label=method)
             axes.fill_between(x, [min(at) for at in scores], [max(at) for at in scores], color=f"C{number}", alpha=0.15)
-    metric = next(r.metric for r in results if not r.fault)
+    metric = next((r.metric for r in results if not r.fault), "score")
     by_seconds.set(xlabel="seconds in training steps", ylabel=f"{metric} on the dev samples", xscale="log")
     by_samples.set(xlabel="samples taken into steps", xscale="log")
     for axes in (by_seconds, by_samples):

@@ -238,9 +238,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimi
 def build_addax(model: nn.Module, config: RunConfig, world: World) -> "Addax | DeepSpeedAddax":
     """Put the model on the run's engine and return Addax, which also scores what others have trained."""
     if config.engine == "deepspeed":
-        return _initialize_deepspeed(
-            model, read_ds_config(dataclasses.replace(config, method=None)), config, world
-        ).optimizer
+        return _initialize_deepspeed(model, read_ds_config(config), config, world).optimizer
     _place(model, config, world)
     return Addax(model, **hyperparameters(config))
 

@@ -211,7 +211,7 @@ def _train(
             "gradients_left_out": sum(record["gradients_left_out"] for record in records),
             "model": config.model,
             "trained": "all" if config.adapter is None else config.adapter.kind,
-            "trainable_parameters": sum(p.numel for p in engine.shards() if engine.trainable(p.name)),
+            "trainable_parameters": sum(p.numel for p in engine.shards() if config.steps and engine.trainable(p.name)),
             "data": config.data,
             "metric_name": metric,
             **{f"{name}_before": value for name, value in before.items()},

@@ -1,12 +1,14 @@
 """Comparisons: planned, run, gone on with, and told in one table."""
 
+import io
 import json
 
 import pytest
 import yaml
+from rich.console import Console
 
 from addax_ds.compare.plan import Comparison, check, load_comparison, points_of, trial
-from addax_ds.compare.results import Result, Score, rows
+from addax_ds.compare.results import Result, Score, rows, table, write
 from addax_ds.config import build
 from addax_ds.errors import UserError
 from tests.cli.commands import run
@@ -53,6 +55,9 @@ def test_a_methods_meaning_comes_before_what_all_runs_share(tiny):
         ({"methods": {"../a": {}}}, r"methods: \.\./a: use letters"),
         ({"methods": {"a": None}}, "methods is"),
         ({"run": 3}, "run is 3"),
+        ({"methods": {"a": {"grid": {"seed": [4, 5]}}}}, "seed is set by the comparison"),
+        ({"methods": {"a": {"grid": {"lr": [1, 1]}}}}, "grid has a point twice"),
+        ({"seeds": [0, 1, -1]}, "seed is -1"),
         ({"seeds": [0, 1]}, "seeds has 2: a spread needs 3"),
         ({"seeds": [0, 1, 1]}, "seeds holds one twice"),
         ({"methods": {"a": {"seed": 4}}}, "seed is set by the comparison"),
@@ -74,6 +79,11 @@ def test_what_is_wrong_is_told_before_anything_runs(tiny, tmp_path, change, word
 def test_grids_need_samples_of_their_own(tiny):
     with pytest.raises(UserError, match="set dev_samples"):
         check(comparison(tiny, run=shared(tiny, dev_samples=0)))
+
+
+def test_a_run_with_other_ranks_is_another_run(tiny):
+    names = {trial(comparison(tiny, ranks=ranks), "zero-shot", {}, 0).name for ranks in (1, 2)}
+    assert len(names) == 2
 
 
 def results_of(planned, method, scores, diverged=0):
@@ -105,6 +115,15 @@ def test_a_row_is_the_mean_and_spread_over_seeds_and_what_it_cost(tiny):
     assert row["reached 0.9"] == 0 and row["seconds to 0.9"] is None
     (row,) = rows(planned, results_of(planned, "addax", [0.7, 0.8], diverged=1))
     assert row["diverged"] == 1 and row["runs"] == 2 and row["seconds to 0.6"] is None
+
+
+def test_a_method_that_diverges_everywhere_keeps_its_row(tiny, tmp_path):
+    planned = comparison(tiny, {"addax": METHODS["addax"], "zero-shot": METHODS["zero-shot"]})
+    results = results_of(planned, "addax", [], diverged=1) + results_of(planned, "zero-shot", [0.5, 0.5, 0.5])
+    first, second = rows(planned, results)
+    assert first["diverged"] == 1 and first["runs"] == 0 and second["score"] == 0.5
+    Console(file=io.StringIO()).print(table(planned, results))
+    assert write(planned, results, tmp_path).exists()
 
 
 @pytest.mark.timeout(600)  # seven runs of a few steps, each in a process of its own
