@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +49,8 @@ class Trial:
     """One run: a point of a method's grid, with a seed."""
 
     method: str
-    point: dict[str, Any] = field(hash=False)
-    values: dict[str, Any] = field(hash=False)
+    point: dict[str, Any]
+    values: dict[str, Any]
     ranks: int
     config: RunConfig
 

@@ -44,8 +44,8 @@ class Result:
 
     @property
     def metric(self) -> str:
-        """The score that counts: F1 of completions, else what the run reports first."""
-        return "f1" if "f1_after" in self.summary else self.summary["metric_name"]
+        """The score that counts."""
+        return _metric(self.summary)
 
     @property
     def dev_score(self) -> float:
@@ -74,7 +74,7 @@ def read_result(trial: Trial, folder: Path) -> Result:
     check_kind(summary, Summary, str(folder / SUMMARY))
     config, records = trial.config, read_metrics(folder)
     samples = config.k0 * (config.alpha > 0) + config.k1 * (config.alpha < 1)
-    metric = "f1" if "f1_after" in summary else summary["metric_name"]
+    metric = _metric(summary)
     seconds = list(itertools.accumulate(record["seconds"] for record in records))
     course = [
         Score(at, record["step"] * samples, record[metric])
@@ -84,6 +84,11 @@ def read_result(trial: Trial, folder: Path) -> Result:
     if records:
         course.append(Score(seconds[-1], records[-1]["step"] * samples, summary[f"dev_{metric}"]))
     return Result(trial, folder, summary, tuple(course))
+
+
+def _metric(summary: dict[str, Any]) -> str:
+    """F1 of completions, else what the run reports first."""
+    return "f1" if "f1_after" in summary else summary["metric_name"]
 
 
 def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -129,7 +134,7 @@ def write(comparison: Comparison, results: Sequence[Result], output: Path) -> Pa
         {"method": r.trial.method, "seed": r.trial.config.seed, "course": [dataclasses.astuple(s) for s in r.course]}
         for r in results
     ]
-    plan = {**dataclasses.asdict(comparison)}
+    plan = dataclasses.asdict(comparison)
     write_json(output / TABLE, {"comparison": plan, "rows": rows(comparison, results), "courses": courses})
     _plot(comparison, results, output / PLOT)
     return output / TABLE
