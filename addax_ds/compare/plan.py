@@ -5,12 +5,12 @@ import hashlib
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from addax_ds.config import RunConfig, as_tuple, build, for_method, read_yaml, require
+from addax_ds.config import Items, RunConfig, build, for_method, read_yaml, require
 from addax_ds.errors import UserError
 
 _SETTINGS = ConfigDict(extra="forbid")
@@ -24,9 +24,9 @@ class Comparison:
     """Settings that all runs share, with `dev_samples`, on which grids are compared."""
     methods: dict[str, dict[str, Any]]
     """By name, what a method sets beyond them; `grid` lists the values that are tried, all with all."""
-    seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = (0, 1, 2)
+    seeds: Items[int] = (0, 1, 2)
     """The first is that of the grids; each method's best point is run with all."""
-    targets: Annotated[tuple[float, ...], BeforeValidator(as_tuple)] = ()
+    targets: Items[float] = ()
     """Scores on the dev samples, to which seconds and samples are counted."""
     ranks: int = 1
     """Processes of each run."""
