@@ -1,12 +1,12 @@
 """How fast weights are perturbed and updated, beside the plain torch operations of the same memory."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from addax_ds.bench.table import Bench
+from addax_ds.bench.timing import least_seconds
 from addax_ds.core import kernels
 from addax_ds.core.noise import Distribution
 from addax_ds.core.plain import Perturbation, Step
@@ -38,7 +38,7 @@ def bench_noise(elements: int = ELEMENTS, repeats: int = 7) -> Bench:
             for place, side in (("in place", x), ("into scratch", out)):
                 actions[f"perturb {place}, {distribution}"] = partial(kernels.perturb, x, 0, side, None, "w", point)
             actions[f"fused update, {distribution}"] = partial(kernels.update, x, 0, gradient, "w", step)
-        speeds = {name: elements / seconds for name, seconds in _least_seconds(actions, repeats, device).items()}
+        speeds = {name: elements / seconds for name, seconds in least_seconds(actions, repeats, device).items()}
         for name, speed in speeds.items():
             bench.rows.append(
                 {
@@ -55,17 +55,3 @@ def bench_noise(elements: int = ELEMENTS, repeats: int = 7) -> Bench:
 
 def _add_noise(x: torch.Tensor) -> None:
     x.add_(torch.randn_like(x), alpha=1e-3)
-
-
-def _least_seconds(actions: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Least time of each action; they take turns, so that a slow moment meets all of them."""
-    least = dict.fromkeys(actions, float("inf"))
-    for turn in range(repeats + 1):
-        for name, action in actions.items():
-            begun = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first compiles and warms up
-                least[name] = min(least[name], time.perf_counter() - begun)
-    return least

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from addax_ds.bench.contraction import LLAMA_2_7B, bench_contraction
 from addax_ds.bench.engines import on_engine
 from addax_ds.bench.memory import bench_memory
 from addax_ds.bench.noise import bench_noise
@@ -33,6 +34,22 @@ def test_noise_names_every_operation_and_its_peers(tmp_path, capsys):
     assert "rademacher" in capsys.readouterr().out
     result.write(tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == result.rows
+
+
+def test_contraction_counts_the_papers_adapter_and_what_each_way_holds():
+    rows = bench_contraction(tokens=64, ranks=(5,), repeats=1).rows
+    found = {(row["layer"], row["contraction"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * 5
+    down, up = (name for name, *_ in LLAMA_2_7B)
+    # 2,200 in cores and 4,160 in biases.
+    assert found[down, "parallel 2"]["weights"] + found[up, "parallel 2"]["weights"] == 2200 + 4160
+    assert found[down, "dense"]["weights"] == 4096 * 64 + 64
+    # Chains of W's sides, x times one of them, and the output twice, of which the bias is added to one.
+    chains = 4 * 5 * (4096 + 16 * 16 + 64 + 4 * 4)
+    assert 4 * 64 * 5 < 1e6 * found[down, "parallel 2"]["MB"] <= chains + 4 * 64 * (5 + 64 + 64)
+    # Core by core, x is first as long as [tokens, 256, rank].
+    assert 1e6 * found[down, "sequential"]["MB"] > 4 * 64 * 256 * 5
+    assert all(row["ms"] > 0 and row["MB with backward"] > 0 for row in rows)
 
 
 def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys, monkeypatch):
