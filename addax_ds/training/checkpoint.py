@@ -1,4 +1,4 @@
-"""Checkpoints: every parameter as flat ranges, saved on any engine and world size, loaded on any other.
+"""Checkpoints: every trained parameter as flat ranges, saved on any engine and world size, loaded on any other.
 
 torch.distributed.checkpoint plans, writes and reads; the files are safetensors and JSON, of which
 nothing is ever executed. A checkpoint is a folder that gets its name when it is complete:
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from addax_ds.core.shard import Shard
-from addax_ds.digest import digest_of, weights_digest
+from addax_ds.digest import digest_of, digest_over, weights_digest
 from addax_ds.engines.base import Engine
 from addax_ds.errors import UserError, is_of_another_rank
 from addax_ds.training.agreement import agree, from_main
@@ -41,7 +41,7 @@ from addax_ds.training.metrics import sync_folder, write_json, write_whole
 # Said of every save and load in a process that is no rank of several.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _COMPLETE = re.compile(r"step-(\d{6,})")
@@ -56,7 +56,9 @@ class Manifest:
     step: int
     """Steps that its weights have taken."""
     digest: str
-    """Of all weights."""
+    """Of all weights, with those that are not trained."""
+    stored: str
+    """Of those that it holds."""
     parameters: dict[str, list[int | str]]
     """Elements and type of each."""
     files: dict[str, int]
@@ -157,7 +159,7 @@ class Checkpoints:
     # -- saving ---------------------------------------------------------------------------------
 
     def save(self, step: int, run: dict[str, Any], prune: bool = True) -> str | None:
-        """Copy this rank's shards and write them in the background, with `run` of rank 0 beside them (JSON).
+        """Copy this rank's trained shards and write them in the background, with `run` of rank 0 beside them (JSON).
 
         prune: remove all but the newest `keep` once it is complete.
         Returns the digest of the weights, when the copies are made and weights may be written again;
@@ -166,16 +168,21 @@ class Checkpoints:
         self.wait()
         mine = self._engine.is_primary_copy()
         staged = {}
-        for shard in self._engine.shards():
+        for shard in self._trained():
             # Further replicas hold the same and write nothing.
             local = shard.local.detach() if mine else shard.local[:0]
             copy = torch.empty(local.shape, dtype=local.dtype).copy_(local)
             staged[shard.name] = Shard(shard.name, shard.numel, shard.start, copy)
         if not_finite(self._engine, staged.values()):
             return None
-        digest = weights_digest(self._engine)
-        self._writing = _Writing(lambda: self._write(step, staged, digest, run, prune))
+        stored = digest_over(self._engine, self._trained())
+        digest = stored if len(staged) == len(self._engine.names) else weights_digest(self._engine)
+        self._writing = _Writing(lambda: self._write(step, staged, (digest, stored), run, prune))
         return digest
+
+    def _trained(self) -> list[Shard]:
+        """A frozen backbone comes from the model itself, which is looked at by its digest."""
+        return [shard for shard in self._engine.shards() if self._engine.trainable(shard.name)]
 
     def wait(self) -> None:
         """Return when the save under way is complete; raises `UserError` on every rank where one failed."""
@@ -194,7 +201,9 @@ class Checkpoints:
             "mend that and start the same command again, which goes on from the checkpoint before",
         )
 
-    def _write(self, step: int, staged: dict[str, Shard], digest: str, run: dict[str, Any], prune: bool) -> None:
+    def _write(
+        self, step: int, staged: dict[str, Shard], digests: tuple[str, str], run: dict[str, Any], prune: bool
+    ) -> None:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         state: dict[str, Any] = {name: FlatRange(shard) for name, shard in staged.items()}
@@ -205,7 +214,7 @@ class Checkpoints:
         parameters = {name: _kind(shard) for name, shard in staged.items()}
         check_complete(HuggingFaceStorageReader(str(partial)).read_metadata(), parameters, partial)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, **asdict(Manifest(step, digest, parameters, files, run))}
+        manifest = {"format": FORMAT, **asdict(Manifest(step, *digests, parameters, files, run))}
         write_json(partial / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
         sync_folder(partial)
         os.replace(partial, final)
@@ -262,7 +271,7 @@ class Checkpoints:
         manifest, unusable = from_main(engine, lambda: _checked(path))
         if unusable:
             raise UnusableError(unusable)
-        shards = list(engine.shards())
+        shards = self._trained()
         _check_model(manifest.parameters, shards, path)
         unread = damage = ""
         try:
@@ -274,8 +283,10 @@ class Checkpoints:
         agree(engine, unread)
         agree(engine, damage, UnusableError)
         engine.after_step(True)
-        if weights_digest(engine) != manifest.digest:
+        if digest_over(engine, shards) != manifest.stored:
             raise UnusableError(_other_digest(path))
+        if weights_digest(engine) != manifest.digest:
+            raise UserError(f"weights beside those of checkpoint {path} are not the run's: restore its model")
         if name := not_finite(engine, engine.shards()):
             raise UnusableError(f"checkpoint {path} holds weights of {name} that are not finite: load another")
         return manifest
@@ -289,7 +300,7 @@ def not_finite(engine: Engine, shards: Iterable[Shard]) -> str:
 
 
 def audited(path: Path) -> Manifest:
-    """The manifest of a checkpoint whose weights have the digest that it says; in one process, without a model.
+    """The manifest of a checkpoint that holds weights of the digest that it says; in one process, without a model.
 
     Raises `UserError` where they do not.
     """
@@ -301,7 +312,7 @@ def audited(path: Path) -> Manifest:
         for name, (numel, kind) in manifest.parameters.items()
     ]
     _read(path, shards, None)
-    if digest_of(shards) != manifest.digest:
+    if digest_of(shards) != manifest.stored:
         raise UnusableError(_other_digest(path))
     return manifest
 

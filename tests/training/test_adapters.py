@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from addax_ds.adapters.files import WEIGHTS, load_adapters
+from addax_ds.training.checkpoint import read_manifest
 from addax_ds.training.metrics import read_json
 from tests.cli.commands import run
 from tests.training.dying import Death
@@ -59,6 +60,9 @@ def test_a_killed_run_of_adapters_goes_on_and_can_be_repeated(tiny, tmp_path, ki
     if kind == "tensor-train":  # AdaZeta: two steps an epoch
         words += ["query_schedule.alpha=2", "query_schedule.beta=0.5", "k0=40", "zo_micro_batch=20"]
     run(*words, "output=whole", cwd=tmp_path).check()
+    kept = read_manifest(tmp_path / "whole" / "checkpoints" / "step-000006").parameters
+    trained = read_json(tmp_path / "whole" / "summary.json")["trainable_parameters"]
+    assert sum(int(numel) for numel, _ in kept.values()) == trained, "a checkpoint holds the backbone"
     run(*words, "output=killed", cwd=tmp_path, before=Death("journal", 0, 5))
     assert "going on after step" in run(*words, "output=killed", cwd=tmp_path).check().output
     digests = {read_json(tmp_path / name / "summary.json")["final_digest"] for name in ("whole", "killed")}

@@ -109,6 +109,36 @@ def load_and_save(engine: str, source: Path, folder: Path) -> str:
         return run.digest()
 
 
+def save_or_load_partly_frozen(engine: str, folder: Path, backbone: float, load: bool) -> tuple[str, set[str]]:
+    """Digest of all weights, and what of them a checkpoint holds: the last block and the norm are trained."""
+    model = build_model("llama-tied")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            frozen = "layers.1" not in name and name != "model.norm.weight"
+            parameter.requires_grad_(not frozen).mul_(backbone if frozen else 2 if load else 1)
+    with running(engine, model) as run:
+        checkpoints = Checkpoints(folder, run.engine, keep=2)
+        if load:
+            manifest, complaints = checkpoints.load_newest()
+            assert manifest is not None and not complaints
+            return run.digest(), set(manifest.parameters)
+        run.train_step(batch_for("llama", 3, 12), batch_for("llama", 3, 6))
+        checkpoints.save(7, RUN)
+        checkpoints.wait()
+        return run.digest(), set(run.engine.trainable_names)
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+@pytest.mark.parametrize("engine", ["replicated", "zero1", "fsdp", "zero3-evicting"])
+def test_frozen_weights_are_not_stored_and_have_to_be_the_runs(world: World, engine: str, tmp_path: Path):
+    digest, held = world.run(save_or_load_partly_frozen, engine=engine, folder=tmp_path, backbone=1, load=False)[0]
+    assert held and all("layers.1" in name or name == "model.norm.weight" for name in held)
+    assert save_or_load_partly_frozen("replicated", tmp_path, 1, True) == (digest, held)
+    with pytest.raises(UserError, match=r"weights beside those of checkpoint .* are not the run's: restore its model"):
+        save_or_load_partly_frozen("replicated", tmp_path, 1.5, True)
+    assert [path.name for path in complete(tmp_path)] == ["step-000007"], "a good checkpoint was set aside"
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A folder with checkpoints of steps 7 and 9, the newer one of other weights."""
@@ -292,6 +322,6 @@ def test_a_fault_of_one_rank_is_every_ranks(tmp_path: Path):
 
 def test_the_manifest_says_what_is_in_the_files(saved: Path):
     manifest = json.loads((saved / "step-000009" / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["parameters"]["model.embed_tokens.weight"] == [97 * 15, "float32"]
     assert set(manifest["files"]) == {path.name for path in (saved / "step-000009").glob("*.safetensors")}
