@@ -12,6 +12,7 @@ from addax_ds.errors import UserError
 def bench(table: str, engine: str, ranks: int, link: float | None, json: Path | None) -> None:
     """Measure one table, print it and write it as JSON where a path is given."""
     from addax_ds.bench.contraction import bench_contraction
+    from addax_ds.bench.directions import bench_directions
     from addax_ds.bench.memory import bench_memory
     from addax_ds.bench.noise import bench_noise
     from addax_ds.bench.step import bench_step
@@ -23,6 +24,7 @@ def bench(table: str, engine: str, ranks: int, link: float | None, json: Path | 
         "step": lambda: bench_step(engine, ranks, gigabits=link),
         "memory": lambda: bench_memory(ranks),
         "contraction": bench_contraction,
+        "directions": bench_directions,
     }
     if table not in tables:
         raise UserError(f"bench {table}: no such table: give one of {', '.join(tables)}")

@@ -85,7 +85,7 @@ def evaluate(settings: Settings = None, local_rank: LocalRank = None) -> None:
 
 @app.command()
 def bench(
-    table: Annotated[str, typer.Argument(help="noise, wire, step, memory or contraction.")],
+    table: Annotated[str, typer.Argument(help="noise, wire, step, memory, contraction or directions.")],
     engine: Annotated[str, typer.Option(help="fsdp or zero3, for step.")] = "fsdp",
     ranks: Annotated[int, typer.Option(help="Ranks of step and memory.")] = 2,
     link: Annotated[float | None, typer.Option(help="Gbit/s between 2 ranks, for step.")] = None,

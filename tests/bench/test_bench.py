@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from addax_ds.bench.contraction import LLAMA_2_7B, bench_contraction
+from addax_ds.bench.directions import bench_directions
 from addax_ds.bench.engines import on_engine
 from addax_ds.bench.memory import bench_memory
 from addax_ds.bench.noise import bench_noise
@@ -14,10 +15,13 @@ from addax_ds.bench.step import Floor, bench_step
 from addax_ds.bench.wire import KINDS, bench_wire
 from addax_ds.cli.bench import bench
 from addax_ds.config import RunConfig, load_run
+from addax_ds.data.partition import partition
 from addax_ds.engines.choose import choose_engine
 from addax_ds.errors import UserError
+from addax_ds.loss import choice_loss
 from addax_ds.optimizer import Addax
-from addax_ds.training.models import load_model
+from addax_ds.training.models import accepted, load_model
+from addax_ds.training.run import prepare_inputs, step_batches, step_samples
 from tests.bench.cases import answer, fail_on_the_second
 
 
@@ -50,6 +54,36 @@ def test_contraction_counts_the_papers_adapter_and_what_each_way_holds():
     # Core by core, x is first as long as [tokens, 256, rank].
     assert 1e6 * found[down, "sequential"]["MB"] > 4 * 64 * 256 * 5
     assert all(row["ms"] > 0 and row["MB with backward"] > 0 for row in rows)
+
+
+def test_more_directions_spread_less_as_theory_says(tiny):
+    config = load_run(str(tiny.run_file), ["method=mezo", "k0=4", "zo_micro_batch=4"])
+    shared, twice, own = bench_directions(draws=200, micro_batches=(1,), config=config).rows
+    assert (shared["of a step"], twice["of a step"], own["of a step"]) == (1, 2, 4)
+    assert (shared["forwards of a sample"], twice["forwards of a sample"], own["forwards of a sample"]) == (2, 4, 2)
+    # Normal directions spread as the squares of the gradients that they measure.
+    whole, each = squared_gradients(config)
+    for row, expected in ((twice, 1 / 2), (own, each / whole)):
+        spread = row["±"] / row["variance"] + shared["±"] / shared["variance"]
+        assert row["of shared"] == pytest.approx(expected, rel=3 * spread)
+
+
+def squared_gradients(config: RunConfig) -> tuple[float, float]:
+    """Of the mean loss of the first batch; and of its samples, each with its part of the mean, together."""
+    prepared = prepare_inputs(config)
+    pools = partition([example.length for example in prepared.train], config.lt)
+    samples = step_samples(config, pools, 0)
+    model = load_model(config.model, config)
+    parts = []
+    for size in (config.k0, 1):
+        config = RunConfig(**{**vars(config), "zo_micro_batch": size})
+        batches, _ = step_batches(config, prepared, samples, accepted(model), torch.device("cpu"))
+        total = 0.0
+        for batch in batches:
+            gradients = torch.autograd.grad(choice_loss(model, batch).sum() / config.k0, list(model.parameters()))
+            total += sum(float(gradient.square().sum()) for gradient in gradients)
+        parts.append(total)
+    return parts[0], parts[1]
 
 
 def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys, monkeypatch):
