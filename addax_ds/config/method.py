@@ -5,29 +5,8 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from addax_ds.config.adapters import TensorTrainConfig
 from addax_ds.config.checks import STRICT, require
-
-BASELINES = ("sgd", "adamw")
-"""Methods with an optimizer of torch's or DeepSpeed's."""
-
-_ALL_DATA: dict[str, Any] = {"lt": "none"}
-_USUAL = {**_ALL_DATA, "schedule": "linear", "checkpoint_every": 0}
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "addax": ({}, {}),
-    "addax-wa": ({"lt": "none"}, {}),
-    "mezo": ({"alpha": 1.0}, _ALL_DATA),
-    "ip-sgd": ({"alpha": 0.0}, _ALL_DATA),
-    "sgd": ({"alpha": 0.0}, _USUAL),
-    "adamw": ({"alpha": 0.0}, _USUAL),
-    "zero-shot": ({"steps": 0}, {**_ALL_DATA, "save": False}),
-}
-"""What each method says of other settings, and their defaults with it."""
-
-
-def for_method(values: dict[str, Any], method: str) -> dict[str, Any]:
-    """Settings that were made for another method, without those that this one sets."""
-    of_method = {name for settings in METHODS.get(method, ()) for name in settings}
-    return {name: value for name, value in values.items() if name not in of_method}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -49,3 +28,27 @@ class QuerySchedule:
     def queries(self, epoch: int) -> int:
         """Directions of a step in this epoch."""
         return max(int(min(self.alpha * epoch**self.beta, self.maximum)), 1)
+
+
+BASELINES = ("sgd", "adamw")
+"""Methods with an optimizer of torch's or DeepSpeed's."""
+
+_ALL_DATA: dict[str, Any] = {"lt": "none"}
+_USUAL = {**_ALL_DATA, "schedule": "linear", "checkpoint_every": 0}
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "addax": ({}, {}),
+    "addax-wa": ({"lt": "none"}, {}),
+    "mezo": ({"alpha": 1.0}, _ALL_DATA),
+    "adazeta": ({"alpha": 1.0}, {**_ALL_DATA, "adapter": TensorTrainConfig(), "query_schedule": QuerySchedule()}),
+    "ip-sgd": ({"alpha": 0.0}, _ALL_DATA),
+    "sgd": ({"alpha": 0.0}, _USUAL),
+    "adamw": ({"alpha": 0.0}, _USUAL),
+    "zero-shot": ({"steps": 0}, {**_ALL_DATA, "save": False}),
+}
+"""What each method says of other settings, and their defaults with it."""
+
+
+def for_method(values: dict[str, Any], method: str) -> dict[str, Any]:
+    """Settings that were made for another method, without those that this one sets."""
+    of_method = {name for settings in METHODS.get(method, ()) for name in settings}
+    return {name: value for name, value in values.items() if name not in of_method}

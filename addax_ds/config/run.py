@@ -7,7 +7,7 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from addax_ds.config.adapters import AdapterConfig
+from addax_ds.config.adapters import AdapterConfig, TensorTrainConfig
 from addax_ds.config.addax import AddaxConfig
 from addax_ds.config.checks import STRICT, nearest, require
 from addax_ds.config.method import BASELINES, METHODS, QuerySchedule
@@ -22,8 +22,9 @@ class RunConfig(AddaxConfig):
     """One fine-tuning run: what the YAML file of `addax-ds train` holds."""
 
     method: str | None = None
-    """addax, addax-wa, mezo, ip-sgd; sgd and adamw, of torch (FSDP2, replicated) or of DeepSpeed; zero-shot, which
-    measures the model as it is. It sets alpha, lt and schedule; without it they say what the method is."""
+    """addax, addax-wa, mezo, ip-sgd; adazeta, which trains tensor-train adapters; sgd and adamw, of torch (FSDP2,
+    replicated) or of DeepSpeed; zero-shot, which measures the model as it is. It sets alpha, lt and schedule, and
+    adazeta's adapter and query_schedule; without it they say what the method is."""
     momentum: float = 0.9
     """Of method sgd."""
     max_grad_norm: float = 1.0
@@ -106,6 +107,8 @@ class RunConfig(AddaxConfig):
         """The papers' name of what the settings amount to."""
         if self.method is not None:
             return self.method
+        if self.alpha == 1 and isinstance(self.adapter, TensorTrainConfig) and self.query_schedule is not None:
+            return "adazeta"
         if self.alpha in (0, 1):
             return "mezo" if self.alpha else "ip-sgd"
         return "addax-wa" if self.lt == "none" else "addax"
@@ -152,6 +155,10 @@ class RunConfig(AddaxConfig):
             require(0 < self.alpha < 1, f"method {self.method} takes alpha between 0 and 1, and it is {self.alpha}")
         require(
             self.method != "addax" or self.lt != "none", "method addax without lt is addax-wa: name that, or set lt"
+        )
+        require(
+            self.method != "adazeta" or isinstance(self.adapter, TensorTrainConfig),
+            "method adazeta trains tensor-train adapters: leave adapter out, or take method: mezo",
         )
         require(0 <= self.momentum < 1, f"momentum is {self.momentum}: it must lie in [0, 1)")
         require(

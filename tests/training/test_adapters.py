@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from addax_ds.adapters.files import WEIGHTS, load_adapters
 from addax_ds.training.checkpoint import read_manifest
-from addax_ds.training.metrics import read_json
+from addax_ds.training.metrics import read_json, read_metrics
 from tests.cli.commands import run
 from tests.training.dying import Death
 
@@ -43,6 +43,17 @@ def test_peft_loads_what_a_run_has_written(tiny, tmp_path, kind):
     wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "out" / "adapter"))
     assert any(parameter.abs().sum() > 0 for name, parameter in wrapped.named_parameters() if "default" in name)
     assert wrapped(input_ids=torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_adazeta_by_name_is_its_adapters_and_its_schedule(tiny, tmp_path):
+    words = ["train", tiny.run_file, "adapter.bottleneck=8", "adapter.kind=tensor-train", "k0=40", "steps=5"]
+    run(*words, "method=adazeta", "query_schedule.alpha=2", "output=named", cwd=tmp_path).check()
+    spelt = ["alpha=1", "lt=none", "query_schedule.alpha=2"]
+    run(*words, *spelt, "output=spelt", cwd=tmp_path).check()
+    named, spelt = (read_json(tmp_path / name / "summary.json") for name in ("named", "spelt"))
+    assert named["final_digest"] == spelt["final_digest"] and named["method"] == spelt["method"] == "adazeta"
+    # Four steps an epoch: 2 e^0.45 is 0 at first, and at least 1, then 2.
+    assert [len(record["g0"]) for record in read_metrics(tmp_path / "named")] == [1, 1, 1, 1, 2]
 
 
 def test_the_engines_write_the_same_adapters(tiny, tmp_path):

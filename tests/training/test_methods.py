@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from addax_ds.config import METHODS, RunConfig, load_run
+from addax_ds.config import METHODS, LoraConfig, RunConfig, load_run
 from addax_ds.data.partition import partition
 from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss
@@ -28,7 +28,8 @@ def test_a_method_sets_what_it_means_and_goes_by_its_name(method):
     config = RunConfig(method=method)
     assert config.method_name == method
     if method not in ("sgd", "adamw", "zero-shot"):  # a run without the name is the same
-        assert RunConfig(alpha=config.alpha, lt=config.lt).method_name == method
+        settings = {name: getattr(config, name) for name in ("alpha", "lt", "adapter", "query_schedule")}
+        assert RunConfig(**settings).method_name == method
     assert RunConfig(method="mezo", lt=30).lt == 30
 
 
@@ -41,6 +42,8 @@ def test_a_method_sets_what_it_means_and_goes_by_its_name(method):
         ({"method": "addax", "alpha": 1}, "method addax takes alpha between 0 and 1, and it is 1.0"),
         ({"method": "addax", "lt": "none"}, "method addax without lt is addax-wa"),
         ({"method": "adamw", "checkpoint_every": 5}, "adamw keeps no checkpoints"),
+        ({"method": "adazeta", "adapter": LoraConfig()}, "adazeta trains tensor-train adapters: leave adapter out"),
+        ({"method": "adazeta", "queries": 3}, "query_schedule and queries: set one of them"),
         ({"method": "sgd", "momentum": 1}, "momentum is 1"),
         ({"method": "sgd", "max_grad_norm": -1}, "max_grad_norm is -1"),
         ({"steps": 0}, "steps is 0"),
