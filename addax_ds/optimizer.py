@@ -55,8 +55,6 @@ class Addax(torch.optim.Optimizer):
         """Where the noise is added, "gathered" or "shard"; empty before the first zeroth-order step."""
         self.placement_reason = ""
         self._checked = False  # what only the first step of a process checks
-        # Whether guests need weights that the host's forward does not enter; None where no step has shown it.
-        self._beyond_host: bool | None = None
         self._host_is_forwarding = False
         self._host_entered: set[str] = set()  # paths of modules, noted in the first step
         defaults = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
@@ -159,27 +157,22 @@ class Addax(torch.optim.Optimizer):
         backward_ran = not fo
         try:
             with dropout(engine.model, config.dropout):
-                guests = self._guests(zo, directions, seed, loss_fn, beside_a_host=bool(fo))
-                self._begin([job for _, job in guests])
+                guests = self._guests(zo, directions, seed, loss_fn)
+                self._begin([job for _, job in guests], self._points(seed, directions.count))
                 loss, error = self._first_order_forwards(fo, seed, loss_fn, scalars)
-                beyond, waiting = self._beyond_host, self._lanes.waiting
-                if fo and waiting and beyond is False:
-                    self._lanes.give_up()  # a rank without guests would not join their gathers
                 self._lanes.drive("beyond the host" if fo else "without a host")
-                self._beyond_host = None  # after a fault every rank finds out anew
                 errors = [error, *(job.error for _, job in guests)]
                 if any(errors):
                     scalars.put_fault(engine.rank)
                 for (direction, sign, index), job in guests:
-                    if job.error is None and index is not None:
+                    if job.error is None:
                         scalars.put_zo(direction, sign, index, job.result)
                 scalars.vector = engine.sum(scalars.vector)
-                _raise_faults(scalars.faults(), errors)
+                self._raise_faults(scalars, errors)
                 scalars.check_fingerprints()
                 if not self._checked:
                     engine.check_reached(self._lanes.entered | self._host_entered)
                     self._checked = True
-                self._beyond_host = bool(beyond) or waiting
                 means = *scalars.zo_means(), scalars.fo_mean()
                 metrics, self._updates.pending = self._decide(*means, directions, seed, 1.0 - config.alpha)
                 self.steps += 1
@@ -194,32 +187,33 @@ class Addax(torch.optim.Optimizer):
             engine.after_step(backward_ran)
 
     def _guests(
-        self, zo: list[Batch], directions: Directions, seed: int, loss_fn: LossFunction, beside_a_host: bool
-    ) -> list[tuple[tuple[int, int, int | None], Job]]:
+        self, zo: list[Batch], directions: Directions, seed: int, loss_fn: LossFunction
+    ) -> list[tuple[tuple[int, int, int], Job]]:
         """This rank's guests, each with its direction, sign and micro-batch."""
         rank, ranks = self.engine.rank, self.engine.world_size
-        work: list[tuple[int, int | None]]
         if self.placement == "shard":
-            # Every point has gathers of its own, which need each rank at each of them.
-            mine: list[int | None] = list(range(rank, len(zo), ranks))
-            work = [(direction, index) for direction in range(directions.count) for index in mine or [None]]
+            # Every point has gathers of its own, so a rank takes its micro-batches to all of them.
+            work = [
+                (direction, index) for direction in range(directions.count) for index in range(rank, len(zo), ranks)
+            ]
         else:
             work = [*directions.share(rank, ranks)]
         points = [(direction, sign, index) for direction, index in work for sign in (1, -1)]
-        if zo and not points and not (beside_a_host and self._beyond_host is False):
-            points = [(0, 1, None)]  # where guests ask for gathers each rank needs one
         return [
-            ((direction, sign, index), Job(_loss_of(loss_fn, zo[index or 0]), self._point(seed, direction, sign)))
+            ((direction, sign, index), Job(_loss_of(loss_fn, zo[index]), self._point(seed, direction, sign)))
             for direction, sign, index in points
         ]
 
-    def _begin(self, jobs: list[Job]) -> None:
-        """Start guests: on gathered weights up to the first that is not gathered, on shards to their end."""
+    def _begin(self, jobs: list[Job], points: list[Perturbation]) -> None:
+        """Start guests: on gathered weights up to the first that is not gathered, on shards to their end.
+
+        points: all of the step, of which this rank may have no guest.
+        """
         if self.placement != "shard" or not isinstance(self.engine, ShardedEngine):
             self._lanes.start(jobs)
             self._lanes.advance()
             return
-        for point in dict.fromkeys(job.perturbation for job in jobs):
+        for point in points:
             at_point = [job for job in jobs if job.perturbation == point]
             self._lanes.run(at_point, MovedShards(self.engine, point), alike="of moved shards")
 
@@ -236,6 +230,9 @@ class Addax(torch.optim.Optimizer):
 
     def _point(self, seed: int, query: int, sign: int) -> Perturbation:
         return Perturbation(seed, query, sign, self.config.eps, self.config.distribution)
+
+    def _points(self, seed: int, directions: int) -> list[Perturbation]:
+        return [self._point(seed, direction, sign) for direction in range(directions) for sign in (1, -1)]
 
     def _first_order_forwards(
         self, fo: list[Batch], seed: int, loss_fn: LossFunction, scalars: Scalars
@@ -272,7 +269,16 @@ class Addax(torch.optim.Optimizer):
         if error is not None:
             told.put_fault(self.engine.rank)
         told.vector = self.engine.sum(told.vector)
-        _raise_faults(told.faults(), [error])
+        self._raise_faults(told, [error])
+
+    def _raise_faults(self, scalars: Scalars | RankSums, errors: list[BaseException | None]) -> None:
+        """Raise on every rank where a forward of some rank has failed; errors: this rank's own."""
+        if not (ranks := scalars.faults()):
+            return
+        self._lanes.forget()
+        for error in filter(None, errors):
+            raise error
+        raise RuntimeError(f"a forward failed on rank {ranks[0]}, which says why: no rank takes this step")
 
     def _host_forward(self, batch: Batch, loss_fn: LossFunction, seed: int) -> torch.Tensor:
         """Per-sample losses of the model itself: [batch]; `seed` is that of its dropout."""
@@ -342,10 +348,10 @@ class Addax(torch.optim.Optimizer):
         if self.config.directions != "shared":
             raise UserError("probe() sees no micro-batches: set directions: shared, or call train_step")
         directions = Directions("shared", self.queries, (1,))
-        points = [self._point(seed, direction, sign) for direction in range(self.queries) for sign in (1, -1)]
+        points = self._points(seed, self.queries)
         jobs = [Job(lambda model: per_sample(loss_fn(model)).double().cpu(), point) for point in points]
         try:
-            self._begin(jobs)
+            self._begin(jobs, points)
             self._lanes.drive("without a host")
         finally:
             self._lanes.abandon()  # those that a failure has left
@@ -355,7 +361,7 @@ class Addax(torch.optim.Optimizer):
         else:
             scalars.put([job.result for job in jobs])
         scalars.vector = engine.sum(scalars.vector)
-        _raise_faults(scalars.faults(), [job.error for job in jobs])
+        self._raise_faults(scalars, [job.error for job in jobs])
         if not self._checked:
             engine.check_reached(self._lanes.entered)
             self._checked = True
@@ -453,14 +459,6 @@ class Addax(torch.optim.Optimizer):
     def _check_idle(self) -> None:
         if self._updates.pending is not None:
             raise RuntimeError("a step is under way: call step() after the backward that follows probe()")
-
-
-def _raise_faults(ranks: list[int], errors: list[BaseException | None]) -> None:
-    """Raise on every rank where a forward of some rank has failed; errors: this rank's own."""
-    for error in filter(None, errors):
-        raise error
-    if ranks:
-        raise RuntimeError(f"a forward failed on rank {ranks[0]}, which says why: no rank takes this step")
 
 
 def _loss_of(loss_fn: LossFunction, batch: Batch) -> Callable[[nn.Module], torch.Tensor]:

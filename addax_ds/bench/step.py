@@ -62,7 +62,7 @@ class Copies(Addax):
 class OneAfterTheOther(Addax):
     """The same lanes, each with gathers of its own; every rank must have as many micro-batches."""
 
-    def _begin(self, jobs: list[Job]) -> None:
+    def _begin(self, jobs: list[Job], points: list[Perturbation]) -> None:
         for job in jobs:
             self._lanes.run([job], alike="one after the other")
 

@@ -12,6 +12,8 @@ Without a host `Lanes.drive` gathers unit by unit what the guests ask for.
 
 import contextlib
 import contextvars
+import itertools
+import numbers
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -204,7 +206,10 @@ class Lanes:
     def __init__(self, model: nn.Module, skeleton: nn.Module, weights: Weights, atomic: tuple[str, ...] = ()) -> None:
         self._model = model
         self._atomic = atomic
-        list(held_together(skeleton, atomic))  # raises for patterns that match nothing
+        # By the first of its owners' paths, all those that a guest needs together; raises for unknown patterns.
+        self._together = {
+            owners[0].path: [owner.path for owner in owners] for _, _, owners in held_together(skeleton, atomic)
+        }
         self._skeleton = skeleton
         self._weights = weights
         self._idle: list[_Guest] = []
@@ -259,79 +264,78 @@ class Lanes:
             self._collect()
         self._copies_of, self._copies = None, {}
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a guest waits for weights that are not gathered."""
-        return bool(self._running)
+    def drive(self, alike: str = "") -> None:
+        """Finish the guests by gathering what they ask for, unit by unit (collectives).
 
-    def give_up(self) -> None:
-        """Let the guests that wait fail, each with an error that names what it waits for."""
+        alike: a name for drives in which every rank is to gather the same, whatever its guests ask for. In
+        the first of a name ranks agree on each gather. The others repeat that order, and the gather of the
+        next unit begins before the guests take this one; a guest that needs another fails, and `forget`
+        is due on every rank. Without a name ranks have to ask alike.
+        """
+        try:
+            if not alike:
+                self._drive_as_asked()
+            elif alike in self._orders:
+                self._drive_by_order(self._orders[alike])
+            else:
+                self._drive_in_agreement(alike)
+        finally:
+            self._weights.drop_prefetched()
+            self._jobs = []  # they hold batches, results and, by their errors, activations
+
+    def forget(self) -> None:
+        """Have the next drive of each name begin in agreement: after a failure, on every rank."""
+        self._orders = {}
+
+    def _drive_as_asked(self) -> None:
+        while self._running:
+            self._gather_for(self._asked())
+
+    def _drive_in_agreement(self, alike: str) -> None:
+        """Gather what any rank asks for, until none does; remember it where no guest of any rank has failed."""
+        order: list[str] = []
+        while True:
+            failed = any(job.error for job in self._jobs)
+            path, failed = self._weights.agree(self._asked(), failed)
+            if not path:
+                break
+            order.append(path)
+            self._gather_for(path)
+        if not failed:
+            self._orders[alike] = order
+
+    def _drive_by_order(self, order: list[str]) -> None:
+        for path, following in itertools.zip_longest(order, order[1:]):
+            self._gather_for(path, following)
         waiting, self._running = self._running, []
         for guest in waiting:
             job = guest.job
             guest.stop()
             if job is not None:
                 job.error = RuntimeError(
-                    f"{guest.need} is needed by zeroth-order forwards, and no first-order forward of a step so far has "
-                    "entered it: no rank takes this step, and the next one is prepared for it"
+                    f"{guest.need} is needed by zeroth-order forwards at a place where no step before has gathered it: "
+                    "no rank takes this step, and the next one is prepared for it"
                 )
         self._idle += waiting
         self._collect()
 
-    def drive(self, alike: str = "") -> None:
-        """Finish the guests by gathering what they ask for, unit by unit (collectives).
+    def _asked(self) -> str:
+        """The first of the modules whose weights the guest furthest behind waits for; empty where none waits."""
+        behind = min(self._running, key=lambda guest: guest.visited, default=None)
+        return behind.owners[0].path if behind else ""
 
-        alike: a name for drives that all gather the same, on every rank. The first of a name has ranks
-        agree on each gather, so that one whose guests have all failed takes part; in the others the
-        gather of the next unit begins before the guests take this one.
-        """
-        try:
-            if alike and alike not in self._orders:
-                self._drive_in_agreement(alike)
-            else:
-                self._drive_by_order(self._orders.get(alike, []))
-        finally:
-            self._weights.drop_prefetched()
-            self._jobs = []  # they hold batches, results and, by their errors, activations
-
-    def _drive_in_agreement(self, alike: str) -> None:
-        """Gather what any rank asks for, until none does; remember it where no guest of any rank has failed."""
-        order: list[str] = []
-        while True:
-            behind = min(self._running, key=lambda guest: guest.visited, default=None)
-            failed = any(job.error for job in self._jobs)
-            path, failed = self._weights.agree(behind.owners[0].path if behind else "", failed)
-            if not path:
-                break
-            order.append(path)
-            self._gather_for(behind if behind and behind.owners[0].path == path else None, path)
-        if not failed:
-            self._orders[alike] = order
-
-    def _drive_by_order(self, expected: list[str]) -> None:
-        """Gather what this rank's guests ask for; where all have failed, what they would have asked for."""
-        order: list[str] = []
-        while self._running:
-            behind = min(self._running, key=lambda guest: guest.visited)
-            order.append(behind.owners[0].path)
-            place = len(order)
-            following = expected[place] if order == expected[:place] and place < len(expected) else None
-            self._gather_for(behind, order[-1], following)
-        if self._jobs and all(job.error for job in self._jobs):
-            for path in expected[len(order) :]:
-                self._gather_for(None, path)
-
-    def _gather_for(self, guest: _Guest | None, path: str, following: str | None = None) -> None:
-        """Gather a unit, begin the gather of the following one, and run the guests as far as that reaches."""
+    def _gather_for(self, first: str, following: str | None = None) -> None:
+        """Gather what a guest needs together, begin the following gather, and run the guests as far as that reaches."""
         with contextlib.ExitStack() as gathered:
-            gathered.enter_context(self._weights.gather(path))
-            for owner in guest.owners if guest else []:
-                if not self._weights.is_gathered(owner.path):
-                    gathered.enter_context(self._weights.gather(owner.path))
+            gathered.enter_context(self._weights.gather(first))
+            for path in self._together[first][1:]:
+                if not self._weights.is_gathered(path):
+                    gathered.enter_context(self._weights.gather(path))
             if following is not None:
                 self._weights.prefetch(following)
-            if guest and not self._is_ready(guest):
-                raise RuntimeError(f"{path} was gathered, and its weights are not there")
+            for path in self._together[first]:
+                if not self._weights.is_gathered(path):
+                    raise RuntimeError(f"{path} was gathered, and its weights are not there")
             self.advance()
 
     def run(self, jobs: list[Job], weights: Weights | None = None, alike: str = "") -> None:
@@ -426,10 +430,14 @@ class Lanes:
     def _left(self, output: Any) -> Any:
         """What a module returned, made to outlive the module's weights."""
         leaves = tree_leaves(output)
-        if any(
-            isinstance(leaf, torch.Tensor) and self._scratch.holds(leaf) for leaf in leaves if type(leaf) is not Moved
-        ):
+        if any(self._may_hold_copies(leaf) for leaf in leaves):
             self._scratch.release()
         if any(isinstance(leaf, Moved) for leaf in leaves):
             return tree_map(lambda leaf: leaf.whole() if isinstance(leaf, Moved) else leaf, output)
         return output
+
+    def _may_hold_copies(self, leaf: Any) -> bool:
+        """Whether a part of an output lies in the scratch, or is an object that may keep what does."""
+        if isinstance(leaf, torch.Tensor):
+            return type(leaf) is not Moved and self._scratch.holds(leaf)
+        return not isinstance(leaf, str | bytes | numbers.Number | None)

@@ -151,14 +151,16 @@ class Engine(ABC):
         return [owner for owner in self.owners if any(owner == path or owner.startswith(f"{path}.") for path in unit)]
 
     def check_reached(self, paths: set[str]) -> None:
-        """Raises `UserError` where no forward of a step has entered a unit with trainable weights.
+        """Raises `UserError` where no forward of a step, on any rank, has entered a unit with trainable weights.
 
-        Perturbations of such weights change no loss, so every step would move them at random.
+        paths: of the modules that this rank's have entered (one all-reduce). Perturbations of such
+        weights change no loss, so every step would move them at random.
         """
-        for unit in self.units:
-            owners = self.owners_in(unit)
-            trained = [name for owner in owners for name in self.owners[owner].values() if self.trainable(name)]
-            if trained and paths.isdisjoint(owners):
+        owners = [self.owners_in(unit) for unit in self.units]
+        entered = self.sum(torch.tensor([float(not paths.isdisjoint(inside)) for inside in owners]))
+        for unit, inside, number in zip(self.units, owners, entered.tolist(), strict=True):
+            trained = any(self.trainable(name) for owner in inside for name in self.owners[owner].values())
+            if trained and not number:
                 raise UserError(
                     f"{unit[0]} is never reached by the forward: freeze it (requires_grad_(False)) or remove it"
                 )

@@ -6,6 +6,9 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -168,16 +171,28 @@ def test_the_next_unit_is_on_its_way_while_guests_take_one(lanes, weights):
     assert weights.prefetches == units[1:], "only the third drive knows the order"
 
 
-def test_a_drive_that_ends_early_or_goes_elsewhere_leaves_nothing_on_its_way(lanes, weights):
-    def drive(run):
-        lanes.run([Job(run)], alike="test")
-        assert weights.prefetched is None
+def test_a_named_drive_gathers_the_same_whatever_its_guests_ask_for(lanes, weights):
+    units = ["blocks.0", "blocks.1", "blocks.2", "head"]
+
+    def drive(*runs):
+        weights.gathers.clear()
+        lanes.run(jobs := [Job(run) for run in runs], alike="test")
+        assert weights.prefetched is None and weights.gathers == units
+        raise_first(jobs)
 
     drive(lambda m: m(X))
     drive(lambda m: m.blocks[0](X))  # the first unit and no more
-    drive(lambda m: m(X))
     drive(lambda m: m.head(m.blocks[0](X)))
-    assert weights.gathers[-2:] == ["blocks.0", "head"]
+    drive()  # a rank that has no guest
+    with pytest.raises(
+        RuntimeError, match=r"blocks\.0\.inner is needed by zeroth-order forwards at a place where no step"
+    ):
+        drive(lambda m: m.blocks[0](m.blocks[2](X)))
+    drive(lambda m: m(X))
+    lanes.forget()
+    units = ["blocks.2", "blocks.0"]
+    drive(lambda m: m.blocks[0](m.blocks[2](X)))
+    drive(lambda m: m.blocks[0](m.blocks[2](X)))
 
 
 def test_noise_is_drawn_once_per_module_and_direction(model, lanes, monkeypatch):
@@ -215,31 +230,40 @@ def test_only_one_modules_copies_are_alive(model, lanes, monkeypatch):
     assert not any(ref() is not None for ref in blocks), "a copy outlived the forwards"
 
 
+@dataclass
+class Held:
+    """An output that torch does not look into."""
+
+    view: torch.Tensor
+
+
 class Returned(nn.Module):
     """Modules that hand out their weight itself or a view of it, as position embeddings do."""
 
     class Holder(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, kind: Callable) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(8, 6))
+            self.weight, self.kind = nn.Parameter(torch.randn(8, 6)), kind
 
-        def forward(self, count: int) -> dict[str, torch.Tensor]:
-            return {"view": self.weight[:count]}
+        def forward(self, count: int) -> Any:
+            return self.kind(view=self.weight[:count])
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable) -> None:
         super().__init__()
-        self.first, self.second = self.Holder(), self.Holder()
+        self.first, self.second = self.Holder(kind), self.Holder(kind)
         self.third = nn.Linear(6, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = self.first(4)["view"], self.second(4)["view"]
+        first, second = self.first(4), self.second(4)
+        # Read when the second module's copies are made.
+        first, second = (held.view if isinstance(held, Held) else held["view"] for held in (first, second))
         return self.third(x) * first + second
 
 
-def test_a_weight_that_a_module_returns_outlives_the_copies_of_the_next():
+@pytest.mark.parametrize("kind", [dict, Held])
+def test_a_weight_that_a_module_returns_outlives_the_copies_of_the_next(kind):
     torch.manual_seed(1)
-    model = Returned()
-
+    model = Returned(kind)
     lanes = Lanes(model, strip(model), Whole(model))
     jobs = [Job(lambda m: m(X), point) for point in points(queries=2)]
     lanes.start(jobs)
@@ -474,7 +498,7 @@ def test_an_error_in_a_guest_stops_no_other_and_the_next_run_works(lanes):
 def test_a_rank_whose_guests_have_all_failed_gathers_on_for_the_others(lanes, weights):
     units = ["blocks.0", "blocks.1", "blocks.2", "head"]
     # What the others gather is not known yet: each gather is agreed on, as another rank's votes say here.
-    votes = iter([*units, ""])
+    votes = iter([*(f"blocks.{number}.inner" for number in range(3)), "head", ""])
     weights.agree = lambda path, failed: (next(votes), failed)
     lanes.run([job := Job(fail)], alike="test")
     assert isinstance(job.error, BrokenError) and weights.gathers == units

@@ -1,6 +1,7 @@
 """Modules whose forward reads weights of modules within them: torch's own, and those that are named."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -85,10 +86,19 @@ def test_their_steps_agree_with_the_reference(world: World, engine: str, kind: s
     world.run(take_steps, engine=engine, kind=kind, alpha=alpha)
 
 
-def test_without_the_setting_they_are_refused_with_it():
-    optimizer = Addax(model_of("reading"))
-    with pytest.raises(UserError, match=r"layers\.0\.inner\.weight is read outside .* for example \[layers\.0\]"):
-        optimizer.train_step(batch(0), batch(1), loss)
+def take_a_step_without_the_setting(engine: str, alpha: float) -> str:
+    with running(engine, model_of("reading"), alpha=alpha) as run:
+        with pytest.raises((UserError, RuntimeError)) as caught:
+            run.train_step(batch(0), batch(1), loss)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_the_setting_they_are_refused_with_it(world: World, engine: str, alpha: float):
+    for message in world.run(take_a_step_without_the_setting, engine=engine, alpha=alpha):
+        assert re.search(r"layers\.0\.inner\.weight is read outside .* for example \[layers\.0\]", message)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():

@@ -52,7 +52,7 @@ def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str
         run = stack.enter_context(running(engine, model, queries=2, **hyper))
         raw = getattr(run.optimizer, "optimizer", run.optimizer)
         if in_turn:
-            raw._begin = lambda jobs: [raw._lanes.run([job]) for job in jobs]
+            raw._begin = lambda jobs, _: [raw._lanes.run([job]) for job in jobs]
         if "compile" in with_:
             torch.compiler.reset()  # what runs before have compiled serves no more, nor counts as a recompilation
             for unit in raw.engine.units:
