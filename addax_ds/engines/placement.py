@@ -119,15 +119,17 @@ def choose_placement(engine: Engine, config: AddaxConfig, directions: int) -> tu
     ranks = dist.get_world_size(group)
     if ranks == 1:
         return "gathered", "a shard is the whole weight"
-    shards = [engine.shard(name) for name in engine.names if engine.trainable(name)]
-    numel, element = sum(shard.numel for shard in shards), shards[0].local.element_size()
+    shards = list(engine.shards())
+    trained = [shard for shard in shards if engine.trainable(shard.name)]
+    numel = sum(shard.numel for shard in trained)
+    size = sum(shard.numel * shard.local.element_size() for shard in shards)  # frozen weights are gathered too
     noise = _noise_speed(engine.device, distribution)
-    noise_on_shards = _noise_speed(shards[0].local.device, distribution)  # with CPU offload, not the device
+    noise_on_shards = _noise_speed(trained[0].local.device, distribution)  # with CPU offload, not the device
     link = _link_speed(engine.device, group)
     # z is drawn once for both signs of a gathered weight, by the ranks that need it, and of a shard once for
     # each sign, of all directions.
     gathered = directions * numel / noise
-    shard = 2 * queries * (numel / ranks / noise_on_shards + numel * element * (ranks - 1) / ranks / link)
+    shard = 2 * queries * (numel / ranks / noise_on_shards + size * (ranks - 1) / ranks / link)
     costs = torch.tensor([gathered, shard], dtype=torch.float64)
     gathered, shard = (engine.sum(costs) / engine.world_size).tolist()
     choice = "shard" if shard < gathered else "gathered"

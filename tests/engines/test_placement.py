@@ -101,6 +101,25 @@ def automatic(engine: str, noise: float, link: float) -> tuple[str, str]:
         return measured(engine)
 
 
+def automatic_for_a_norm(engine: str) -> str:
+    """All but the last norm is frozen: little noise, and every gather is as large as ever."""
+    model = build_model("llama-tied").requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "_noise_speed", lambda *_: 1e6)
+        patch.setattr(placement, "_link_speed", lambda *_: 2e7)
+        with running(engine, model, perturb="auto") as run:
+            run.train_step(batch_for("llama", 1, 12), batch_for("llama", 3, 6))
+            return run.optimizer.placement
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3-evicting"])
+@pytest.mark.parametrize("world", [3], indirect=True)
+def test_auto_counts_the_gathers_of_frozen_weights(world: World, engine: str):
+    assert {choice for choice, _ in world.run(automatic, engine=engine, noise=1e6, link=2e7)} == {"shard"}
+    assert set(world.run(automatic_for_a_norm, engine=engine)) == {"gathered"}
+
+
 @pytest.mark.parametrize(("noise", "link", "choice"), [(1e6, 1e12, "shard"), (1e9, 1e6, "gathered")])
 @pytest.mark.parametrize("world", [3], indirect=True)
 def test_auto_takes_what_costs_less_and_says_why(world: World, noise: float, link: float, choice: str):
