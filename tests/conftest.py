@@ -22,6 +22,15 @@ def world(request):
     world.close()
 
 
+@pytest.fixture
+def one_thread():
+    """As many threads as a rank of a world has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """In an order that starts each world once and has two workers end together.

@@ -26,8 +26,7 @@ def digests(engine: str, hyper: dict) -> list[str]:
 
 
 @pytest.mark.parametrize(("world", "engine"), [(n, e) for n in (2, 3, 4) for e in ENGINES], indirect=["world"])
-def test_directions_per_micro_batch_do_not_depend_on_the_world_size(world: World, engine: str):
-    torch.set_num_threads(1)  # as in a world
+def test_directions_per_micro_batch_do_not_depend_on_the_world_size(one_thread, world: World, engine: str):
     expected = digests("replicated", OWN)
     assert expected != digests("replicated", {**OWN, "directions": "shared"})
     for found in world.run(digests, engine=engine, hyper=OWN):
@@ -83,8 +82,7 @@ def scheduled(engine: str) -> tuple[list[int], str]:
 
 
 @pytest.mark.parametrize("world", [3], indirect=True)
-def test_queries_may_change_from_step_to_step(world: World):
-    torch.set_num_threads(1)
+def test_queries_may_change_from_step_to_step(one_thread, world: World):
     expected = scheduled("replicated")
     assert expected[0] == [1, 3, 2]
     for engine in ENGINES:
