@@ -10,7 +10,7 @@ from addax_ds.config import RunConfig, load_run
 from addax_ds.training.models import read_ds_config
 from tests.launch.processes import ROOT
 
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"])
 DS_CONFIGS = sorted(ROOT.glob("ds_configs/*.json"))
 COMPARISONS = sorted(ROOT.glob("launch/reproduce/compare_*.yaml"))
 RUN_FILES = sorted({*ROOT.glob("launch/**/*.yaml")} - {*COMPARISONS})
