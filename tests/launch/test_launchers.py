@@ -62,7 +62,7 @@ def test_a_zeroth_order_run_gives_the_same_bits_on_every_engine_and_world_size(a
     settings = ["output=out", "save=false", *ZO, *ENGINES[engine]]
     run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=ranks).check()
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    expected = {"zero2": "zero2", "zero3": "zero3", "zero3_offload_param": "zero3"}.get(engine, engine)
+    expected = next((stage for stage in ("zero2", "zero3") if stage in engine), engine)
     assert (summary["engine"], summary["world_size"]) == (expected, ranks)
     assert summary["final_digest"] == alone["final_digest"]
     assert summary["accuracy_after"] == alone["accuracy_after"]

@@ -11,6 +11,7 @@ from addax_ds.adapters.files import WEIGHTS, load_adapters
 from addax_ds.training.checkpoint import read_manifest
 from addax_ds.training.metrics import read_json, read_metrics
 from tests.cli.commands import run
+from tests.launch.processes import ROOT
 from tests.training.dying import Death
 
 KINDS = {
@@ -57,11 +58,16 @@ def test_adazeta_by_name_is_its_adapters_and_its_schedule(tiny, tmp_path):
 
 
 def test_the_engines_write_the_same_adapters(tiny, tmp_path):
-    words = ["train", tiny.run_file, *KINDS["tensor-train"], "alpha=1", "queries=2"]
-    for name, settings in (("one", []), ("fsdp", ["engine=fsdp"])):
+    words = ["train", tiny.run_file, *KINDS["tensor-train"], "method=adazeta", "query_schedule=null", "queries=2"]
+    engines = {"one": [], "fsdp": ["engine=fsdp"]}
+    for path in sorted(ROOT.glob("ds_configs/adazeta_*.json")):
+        engines[path.stem] = ["engine=deepspeed", f"ds_config={path}"]
+    assert len(engines) == 4
+    for name, settings in engines.items():
         run(*words, *settings, f"output={name}", cwd=tmp_path, ranks=1 if name == "one" else 2).check()
-    one, fsdp = (load_file(tmp_path / name / "adapter" / WEIGHTS) for name in ("one", "fsdp"))
-    assert one.keys() == fsdp.keys() and all(torch.equal(one[name], fsdp[name]) for name in one)
+    one, *others = (load_file(tmp_path / name / "adapter" / WEIGHTS) for name in engines)
+    for other in others:
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     load_adapters(AutoModelForCausalLM.from_pretrained(tiny.model), tmp_path / "fsdp" / "adapter")
 
 
