@@ -90,7 +90,7 @@ class Death:
     def _in_staging(self) -> None:
         from addax_ds.training import checkpoint
 
-        self._die_in(checkpoint, "weights_digest", 1)
+        self._die_in(checkpoint, "digest_over", 1)
 
     def _in_shard(self) -> None:
         from torch.distributed.checkpoint import filesystem
