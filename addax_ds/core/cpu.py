@@ -235,12 +235,13 @@ def _perturb(weight, plus, minus, read, write, element, count, scale, query, pur
 
 
 @_compile
-def _perturb_rows(weight, out, rows, width, begin, end, scale, query, purpose, key0, key1, wide):
-    """out[i] = row rows[i] of the weight, moved, for i in [begin, end)."""
-    none = out[:0]
+def _perturb_rows(weight, plus, minus, rows, width, begin, end, scale, query, purpose, key0, key1, wide):
+    """plus[i], minus[i] = row rows[i] of the weight, moved, for i in [begin, end)."""
     for i in range(begin, end):
         element = rows[i] * width
-        _perturb(weight, out, none, element, i * width, element, width, scale, query, purpose, key0, key1, wide, False)
+        _perturb(
+            weight, plus, minus, element, i * width, element, width, scale, query, purpose, key0, key1, wide, False
+        )
 
 
 @_compile
@@ -378,15 +379,17 @@ def perturb(
     )
 
 
-def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
+def perturb_rows(
+    weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `plain.perturb_rows`."""
     weight = weight.detach().contiguous()
     width = weight.numel() // weight.shape[0]
-    out = weight.new_empty(len(rows), *weight.shape[1:])
-    memory, index = (_stored(weight), _stored(out)), rows.numpy()
-    common = (np.float32(point.sign * point.scale), *_stream(name, point), weight.dtype == torch.float32)
+    plus, minus = (weight.new_empty(len(rows), *weight.shape[1:]) for _ in range(2))
+    memory, index = (_stored(weight), _stored(plus), _stored(minus)), rows.numpy()
+    common = (np.float32(point.scale), *_stream(name, point), weight.dtype == torch.float32)
     _perturb_rows(*memory, index, width, 0, len(rows), *common)  # a batch's rows are few: one thread
-    return out
+    return plus, minus
 
 
 def _stream(name: str, point: Perturbation) -> tuple:

@@ -199,12 +199,12 @@ def _perturb(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _perturb_rows(weight, out, rows, width, scale, query, key0, key1, purpose: tl.constexpr):
+def _perturb_rows(weight, plus, minus, rows, width, scale, query, key0, key1, purpose: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     start = tl.load(rows + place) * width
     tile = start // TILE + tl.program_id(1)
-    moved = out + place * width
-    _perturb_tile(weight + start, moved, moved, start, width, tile, scale, query, key0, key1, purpose, True, False)
+    above, below = plus + place * width, minus + place * width
+    _perturb_tile(weight + start, above, below, start, width, tile, scale, query, key0, key1, purpose, True, True)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -289,16 +289,18 @@ def perturb(
         _launch(_perturb, grid, weight, *sides, start, weight.numel(), point.scale, *_stream(name, point), *wanted)
 
 
-def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
+def perturb_rows(
+    weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `plain.perturb_rows`."""
     _check(weight)
     weight = weight.detach().contiguous()
     width = weight.numel() // weight.shape[0]
-    out = weight.new_empty(len(rows), *weight.shape[1:])
-    if out.numel():
+    plus, minus = (weight.new_empty(len(rows), *weight.shape[1:]) for _ in range(2))
+    if plus.numel():
         grid = (len(rows), -(-width // TILE.value) + 1)
-        _launch(_perturb_rows, grid, weight, out, rows, width, point.sign * point.scale, *_stream(name, point))
-    return out
+        _launch(_perturb_rows, grid, weight, plus, minus, rows, width, point.scale, *_stream(name, point))
+    return plus, minus
 
 
 def _stream(name: str, point: Perturbation) -> tuple:

@@ -50,8 +50,10 @@ def perturb(
     backend(weight.device.type).perturb(weight, start, plus, minus, name, point)
 
 
-def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
-    """Some rows of W + sign * scale * z. See `plain.perturb_rows`."""
+def perturb_rows(
+    weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of W + scale z and of W - scale z. See `plain.perturb_rows`."""
     return backend(weight.device.type).perturb_rows(weight, rows, name, point)
 
 

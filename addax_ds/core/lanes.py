@@ -27,6 +27,7 @@ from addax_ds.core.atomic import Owner, held_together
 from addax_ds.core.kernels import perturb
 from addax_ds.core.moved import Moved, is_made_where_read
 from addax_ds.core.plain import Perturbation
+from addax_ds.core.rows import Rows
 from addax_ds.core.scratch import Scratch, aligned
 from addax_ds.core.skeleton import duplicate, link_buffers, owned_weights
 
@@ -135,6 +136,10 @@ class _Guest:
 
         return hook
 
+    def asks_for(self) -> tuple[str, int]:
+        """The module and direction whose copies it needs next."""
+        return self.need, self.perturbation.query
+
     def begin(self, job: Job, settings: "_HostSettings") -> None:
         """Start a job and run it up to its first weight."""
         self.job, self.perturbation, self._settings = job, job.perturbation, settings
@@ -200,6 +205,18 @@ class _HostSettings:
             return self._context.copy().run(forward)
 
 
+@dataclass
+class _Copies:
+    """What is moved of the module and direction at hand, made for the first guest that asks."""
+
+    of: tuple[str, int] | None = None
+    """Path of the module, number of the direction."""
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """By parameter name: (W + scale z, W - scale z)."""
+    rows: dict[str, Rows] = field(default_factory=dict)
+    """By parameter name: of what is looked up in it."""
+
+
 class Lanes:
     """The guests of one model; their threads and skeletons are kept between steps."""
 
@@ -229,9 +246,7 @@ class Lanes:
             for path, _ in repeated.named_modules()
         }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
-        # The copies of the module and direction at hand: {parameter name: (plus, minus)}.
-        self._copies_of: tuple | None = None
-        self._copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies = _Copies()  # of the module and direction at hand
         self._scratch = Scratch()
         self._orders: dict[str, list[str]] = {}  # what drives of a name gather, module by module, once known
 
@@ -259,10 +274,10 @@ class Lanes:
         behind: so all guests take a module together and its noise is drawn once a direction.
         """
         while ready := [guest for guest in self._running if self._is_ready(guest)]:
-            guest = min(ready, key=lambda guest: (self._key(guest) != self._copies_of, guest.visited))
+            guest = min(ready, key=lambda guest: (guest.asks_for() != self._copies.of, guest.visited))
             guest.resume()
             self._collect()
-        self._copies_of, self._copies = None, {}
+        self._copies = _Copies()
 
     def drive(self, alike: str = "") -> None:
         """Finish the guests by gathering what they ask for, unit by unit (collectives).
@@ -361,7 +376,7 @@ class Lanes:
                 guest.stop()
         self._idle += self._running
         self._running, self._jobs = [], []
-        self._copies_of, self._copies = None, {}
+        self._copies = _Copies()
         self._scratch.release()
 
     def close(self) -> None:
@@ -374,15 +389,12 @@ class Lanes:
     def _is_ready(self, guest: _Guest) -> bool:
         return all(self._weights.is_gathered(owner.path) for owner in guest.owners)
 
-    def _key(self, guest: _Guest) -> tuple:
-        return guest.need, guest.perturbation.query
-
     def _collect(self) -> None:
         """Retire guests that are done, or have failed."""
         self._idle += [guest for guest in self._running if not guest.parked]
         self._running = [guest for guest in self._running if guest.parked]
         if not self._running:
-            self._copies_of, self._copies = None, {}
+            self._copies = _Copies()
             self._scratch.release()
 
     def _fetch(self, point: Perturbation, path: str, owners: list[Owner]) -> list[dict[str, torch.Tensor]]:
@@ -390,6 +402,8 @@ class Lanes:
 
         path: of the module that is entered, which holds those of all owners together.
         """
+        if point.sign:
+            self._take_up(path, point.query)
         fetched: list[dict[str, torch.Tensor]] = []
         moving: list[tuple[dict[str, torch.Tensor], str, str]] = []
         for owner in owners:
@@ -399,7 +413,10 @@ class Lanes:
                 weight = weights[local]
                 moves = point.sign != 0 and self._weights.trainable(name)
                 if is_made_where_read(owner.module, local, weight, owner.path in self._in_blocks):
-                    weights[local] = Moved(weight, name, point if moves else Perturbation())
+                    if moves and name not in self._copies.rows:
+                        self._copies.rows[name] = Rows(weight, name, point)
+                    rows = self._copies.rows[name] if moves else None
+                    weights[local] = Moved(weight, name, point if moves else Perturbation(), rows)
                 elif moves:
                     moving.append((weights, local, name))
                 elif owner.path in self._enclosing:
@@ -408,24 +425,24 @@ class Lanes:
                     weights[local] = aligned(weight)
             fetched.append(weights)
         if moving:
-            copies = self._copies_at(point, path, {name: weights[local] for weights, local, name in moving})
+            if not self._copies.pairs:
+                self._make_copies(point, {name: weights[local] for weights, local, name in moving})
             for weights, local, name in moving:
-                weights[local] = copies[name][point.sign < 0]
+                weights[local] = self._copies.pairs[name][point.sign < 0]
         return fetched
 
-    def _copies_at(
-        self, point: Perturbation, path: str, weights: dict[str, torch.Tensor]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """(W + scale z, W - scale z) of a module's weights, made for the first guest that asks."""
-        if (path, point.query) != self._copies_of:
-            self._copies_of, self._copies = None, {}
+    def _take_up(self, path: str, query: int) -> None:
+        """Drop the copies of another module or direction."""
+        if (path, query) != self._copies.of:
+            self._copies = _Copies((path, query))
             if any(guest.open for guest in self._running):
                 self._scratch.release()  # a module that calls this one still needs its copies
-            pairs = self._scratch.pairs(list(weights.values()))
-            for (name, weight), (plus, minus) in zip(weights.items(), pairs, strict=True):
-                perturb(weight, 0, plus, minus, name, point)
-            self._copies_of, self._copies = (path, point.query), dict(zip(weights, pairs, strict=True))
-        return self._copies
+
+    def _make_copies(self, point: Perturbation, weights: dict[str, torch.Tensor]) -> None:
+        pairs = self._scratch.pairs(list(weights.values()))
+        for (name, weight), (plus, minus) in zip(weights.items(), pairs, strict=True):
+            perturb(weight, 0, plus, minus, name, point)
+        self._copies.pairs = dict(zip(weights, pairs, strict=True))
 
     def _left(self, output: Any) -> Any:
         """What a module returned, made to outlive the module's weights."""

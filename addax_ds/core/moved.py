@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from addax_ds.core.kernels import perturb, perturb_rows
+from addax_ds.core.kernels import perturb
 from addax_ds.core.plain import Perturbation
+from addax_ds.core.rows import Rows
 from addax_ds.core.scratch import aligned
 
 # Elements of a head's weight that are made at a time: few enough to be used again from the cache
@@ -33,16 +34,17 @@ class Moved(torch.Tensor):
     """W + sign * scale * z: the rows that are looked up, or a product in chunks of rows.
 
     Whatever else is done with it gets the whole copy. Looked-up rows are those of the whole copy
-    bit for bit; a product in chunks is the same on every engine and at theta itself (sign 0). Each
-    guest draws the z of what it reads: both signs of a chunk together would keep two sets of logits.
+    bit for bit, and drawn once for all guests of a direction, which share `rows` (None at theta
+    itself, sign 0); a product in chunks is the same on every engine and at theta. Each guest draws
+    the z of its product: both signs of a chunk together would keep two sets of logits.
     """
 
-    _of: tuple[torch.Tensor, str, Perturbation]
+    _of: tuple[torch.Tensor, str, Perturbation, Rows | None]
 
     @staticmethod
-    def __new__(cls, weight: torch.Tensor, name: str, point: Perturbation):
+    def __new__(cls, weight: torch.Tensor, name: str, point: Perturbation, rows: Rows | None):
         moved = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        moved._of = (weight, name, point)
+        moved._of = (weight, name, point, rows)
         return moved
 
     @classmethod
@@ -66,8 +68,8 @@ class Moved(torch.Tensor):
         args, kwargs = tree_map(lambda x: x.whole() if isinstance(x, cls) else x, (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def _rows(self, begin: int, end: int) -> torch.Tensor:
-        weight, name, point = self._of
+    def _part(self, begin: int, end: int) -> torch.Tensor:
+        weight, name, point, _ = self._of
         if not point.sign:
             return aligned(weight[begin:end])
         out = torch.empty_like(weight[begin:end], memory_format=torch.contiguous_format)
@@ -77,17 +79,11 @@ class Moved(torch.Tensor):
 
     def whole(self) -> torch.Tensor:
         """The whole copy."""
-        return self._rows(0, self._of[0].shape[0])
+        return self._part(0, self._of[0].shape[0])
 
     def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        weight, name, point = self._of
-        if not point.sign:
-            return functional.embedding(ids, weight)
-        rows, places = ids.long().unique(return_inverse=True)  # sorted
-        if len(rows) and (rows[0] < 0 or rows[-1] >= weight.shape[0]):
-            unknown = int(rows[0] if rows[0] < 0 else rows[-1])
-            raise IndexError(f"token id {unknown} of a batch is not among the {weight.shape[0]} rows of {name}")
-        return functional.embedding(places, perturb_rows(weight, rows, name, point))
+        weight, _, point, rows = self._of
+        return functional.embedding(ids, weight) if rows is None else rows.look_up(ids, point.sign)
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         height, width = self._of[0].shape
@@ -95,7 +91,7 @@ class Moved(torch.Tensor):
         out: Any = None
         for begin in range(0, height, rows):
             end = min(begin + rows, height)
-            part = functional.linear(input, self._rows(begin, end), None if bias is None else bias[begin:end])
+            part = functional.linear(input, self._part(begin, end), None if bias is None else bias[begin:end])
             if out is None:  # only now is autocast's dtype known
                 out = part.new_empty(*part.shape[:-1], height)
             out[..., begin:end] = part

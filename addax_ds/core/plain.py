@@ -81,16 +81,20 @@ def perturb(
         minus.copy_(wide - step)
 
 
-def perturb_rows(weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation) -> torch.Tensor:
-    """Rows of W + sign * scale * z for a whole parameter W: [n, ...] of its dtype. rows: int64 [n]."""
+def perturb_rows(
+    weight: torch.Tensor, rows: torch.Tensor, name: str, point: Perturbation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of W + scale z and of W - scale z for a whole parameter W: [n, ...] of its dtype. rows: int64 [n]."""
     width = weight.numel() // weight.shape[0]
-    out = weight.new_empty(len(rows), *weight.shape[1:])
-    scale = _float32(point.sign * point.scale)
+    plus, minus = (weight.new_empty(len(rows), *weight.shape[1:]) for _ in range(2))
     for begin in range(0, len(rows), CHUNK // width + 1):
-        part = rows[begin : begin + CHUNK // width + 1]
-        z = noise_of_rows(point.seed, name, part, width, point.query, point.distribution)
-        out[begin : begin + len(part)] = weight[part].float() + (z * scale).view(-1, *weight.shape[1:])
-    return out
+        end = begin + CHUNK // width + 1
+        z = noise_of_rows(point.seed, name, rows[begin:end], width, point.query, point.distribution)
+        step = (z * _float32(point.scale)).view(-1, *weight.shape[1:])
+        wide = weight[rows[begin:end]].float()
+        plus[begin:end] = wide + step
+        minus[begin:end] = wide - step
+    return plus, minus
 
 
 def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int:

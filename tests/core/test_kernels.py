@@ -84,18 +84,20 @@ def test_a_side_alone_may_be_the_weight_itself(threads, backend, dtype, distribu
 def test_perturbed_rows_are_those_of_the_whole(dtype, distribution, shape):
     weight, rows = weights(torch.Size(shape).numel(), dtype).view(shape), torch.tensor([5, 0, 3, 3])
     for kernels in (cpu, plain):
-        for sign in (1, -1):
-            point = Perturbation(5, 2, sign, 1e-3, distribution)
-            whole = perturbed(kernels, weight, point)[sign < 0]
-            assert torch.equal(kernels.perturb_rows(weight, rows, "w", point), whole[rows])
-            assert kernels.perturb_rows(weight, rows[:0], "w", point).shape == (0, *shape[1:])
+        point = Perturbation(5, 2, 1, 1e-3, distribution)
+        moved = kernels.perturb_rows(weight, rows, "w", point)
+        none = kernels.perturb_rows(weight, rows[:0], "w", point)
+        for side, whole in enumerate(perturbed(kernels, weight, point)):
+            assert torch.equal(moved[side], whole[rows])
+            assert none[side].shape == (0, *shape[1:])
 
 
 def test_a_transposed_weight_is_perturbed_in_row_major_order():
     weight, point = weights(35, torch.float32).view(5, 7).t(), Perturbation(5, 0, 1, 0.5)
-    plus, _ = perturbed(cpu, weight, point)
+    plus, minus = perturbed(cpu, weight, point)
     torch.testing.assert_close(plus - weight, 0.5 * defined_noise(5, "w", 0, 35).view(7, 5), rtol=1e-5, atol=1e-6)
-    assert torch.equal(cpu.perturb_rows(weight, torch.tensor([4, 1]), "w", point), plus[[4, 1]])
+    above, below = cpu.perturb_rows(weight, torch.tensor([4, 1]), "w", point)
+    assert torch.equal(above, plus[[4, 1]]) and torch.equal(below, minus[[4, 1]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

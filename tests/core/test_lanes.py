@@ -16,10 +16,12 @@ from torch import nn
 
 from addax_ds.core import lanes as lanes_module
 from addax_ds.core import moved as moved_module
+from addax_ds.core import rows as rows_module
 from addax_ds.core.lanes import Job, Lanes, raise_first
 from addax_ds.core.moved import Moved
 from addax_ds.core.noise import noise
 from addax_ds.core.plain import Perturbation
+from addax_ds.core.rows import Rows
 from addax_ds.core.skeleton import strip
 from addax_ds.errors import UserError
 
@@ -409,11 +411,32 @@ def test_rows_and_chunks_of_large_weights_are_made_where_they_are_read(monkeypat
     lanes.close()
 
 
+def test_a_row_that_is_looked_up_is_drawn_once_for_all_guests_of_a_direction(monkeypatch):
+    drawn = []
+
+    def counting(weight, rows, name, point):
+        drawn.extend((name, point.query, row) for row in rows.tolist())
+        return perturb_rows(weight, rows, name, point)
+
+    perturb_rows = rows_module.perturb_rows
+    monkeypatch.setattr(rows_module, "perturb_rows", counting)
+    model = Language(tied=True)
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model))
+    batches = [torch.tensor([[3, 7, 7], [49, 0, 3]]), torch.tensor([[7, 8]])]
+    jobs = [Job(lambda m, ids=ids: m(ids), point) for ids in batches for point in points(queries=2)]
+    lanes.run(jobs)
+    raise_first(jobs)
+    assert sorted(drawn) == [("embed.weight", query, row) for query in range(2) for row in (0, 3, 7, 8, 49)]
+    lanes.run([Job(lambda m: m(batches[1]), point) for point in points()])
+    assert len(drawn) == 12, "rows of an earlier step were used again"
+    lanes.close()
+
+
 def test_a_large_weight_gives_its_whole_copy_to_any_other_use():
     torch.manual_seed(1)
     weight, point = torch.randn(10, 4), Perturbation(3, 1, -1, EPS)
     whole = weight - EPS * noise(3, "w", 0, 40, query=1).view(10, 4)
-    moved = Moved(weight, "w", point)
+    moved = Moved(weight, "w", point, Rows(weight, "w", point))
     assert (moved.shape, moved.dtype, moved.device, moved.numel(), moved.dim()) == (
         (10, 4),
         torch.float32,
@@ -434,7 +457,7 @@ def test_a_large_weight_gives_its_whole_copy_to_any_other_use():
     torch.testing.assert_close(torch.embedding(moved, torch.tensor([2])), whole[[2]])
     assert type(moved * 2) is torch.Tensor
     with torch.no_grad():
-        itself = Moved(weight, "w", Perturbation())
+        itself = Moved(weight, "w", Perturbation(), None)
         assert torch.equal(itself + 0, weight)
         assert torch.equal(nn.functional.embedding(torch.tensor([2]), itself), weight[[2]])
 
