@@ -12,8 +12,8 @@ from addax_ds.core.plain import Perturbation
 from addax_ds.core.rows import Rows
 from addax_ds.core.scratch import aligned
 
-# Elements of a head's weight that are made at a time: few enough to be used again from the cache
-# and to cost no fresh pages, enough for a product at full speed.
+# Elements of a head's weight that are made at a time: few enough to be used again from the cache,
+# enough for a product at full speed.
 CHUNK = 1 << 22
 
 
@@ -68,18 +68,25 @@ class Moved(torch.Tensor):
         args, kwargs = tree_map(lambda x: x.whole() if isinstance(x, cls) else x, (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def _part(self, begin: int, end: int) -> torch.Tensor:
+    def _memory(self, rows: int) -> torch.Tensor:
+        """Memory for so many rows; none at theta itself."""
+        weight, _, point, _ = self._of
+        return weight.new_empty(rows if point.sign else 0, *weight.shape[1:])
+
+    def _part(self, begin: int, end: int, memory: torch.Tensor) -> torch.Tensor:
+        """Rows [begin, end), made at the beginning of `memory`; at theta itself those of W."""
         weight, name, point, _ = self._of
         if not point.sign:
             return aligned(weight[begin:end])
-        out = torch.empty_like(weight[begin:end], memory_format=torch.contiguous_format)
+        out = memory[: end - begin]
         plus, minus = (out, None) if point.sign > 0 else (None, out)
         perturb(weight[begin:end], begin * (weight.numel() // weight.shape[0]), plus, minus, name, point)
         return out
 
     def whole(self) -> torch.Tensor:
         """The whole copy."""
-        return self._part(0, self._of[0].shape[0])
+        height = self._of[0].shape[0]
+        return self._part(0, height, self._memory(height))
 
     def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
         weight, _, point, rows = self._of
@@ -87,11 +94,12 @@ class Moved(torch.Tensor):
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         height, width = self._of[0].shape
-        rows = max(CHUNK // width, 1)
+        rows = min(max(CHUNK // width, 1), height)
+        memory = self._memory(rows)  # for all chunks: the system clears every fresh page
         out: Any = None
         for begin in range(0, height, rows):
             end = min(begin + rows, height)
-            part = functional.linear(input, self._part(begin, end), None if bias is None else bias[begin:end])
+            part = functional.linear(input, self._part(begin, end, memory), None if bias is None else bias[begin:end])
             if out is None:  # only now is autocast's dtype known
                 out = part.new_empty(*part.shape[:-1], height)
             out[..., begin:end] = part

@@ -382,10 +382,13 @@ def test_rows_and_chunks_of_large_weights_are_made_where_they_are_read(monkeypat
     torch.manual_seed(1)
     model, ids = Language(tied, padding_idx=3), torch.tensor([[3, 7, 7], [49, 0, 3]])
     copied: list[int] = []
+    places: set[int] = set()  # where the rows of heads are made
 
-    def watching(weight, *arguments):
+    def watching(weight, start, plus, minus, *arguments):
         copied.append(weight.numel())
-        perturb(weight, *arguments)
+        if weight.dim() == 2:
+            places.update(side.data_ptr() for side in (plus, minus) if side is not None)
+        perturb(weight, start, plus, minus, *arguments)
 
     perturb = moved_module.perturb
     for module in (lanes_module, moved_module):
@@ -406,6 +409,7 @@ def test_rows_and_chunks_of_large_weights_are_made_where_they_are_read(monkeypat
     head = 50 * 6
     bias = 0 if tied else 50
     assert max(copied) == (head if chunk >= head else max(chunk // 6 * 6, 6, bias)), "a weight was copied whole"
+    assert len(places) <= len(jobs), "chunks of a product were made in memory of their own"
     # Rows that are looked up are made apart, so a whole embedding is never copied.
     assert sum(size == head for size in copied) == (2 if chunk >= head else 0)
     lanes.close()
