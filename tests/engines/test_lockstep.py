@@ -56,7 +56,7 @@ def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str
         if "compile" in with_:
             torch.compiler.reset()  # what runs before have compiled serves no more, nor counts as a recompilation
             for unit in raw.engine.units:
-                if len(unit) == 1 and "layers." in unit[0]:
+                if len(unit) == 1 and unit[0].split(".")[-1].isdigit():  # a block
                     model.get_submodule(unit[0]).compile(backend=compiled)
         autocast = torch.autocast("cpu", torch.bfloat16) if "autocast" in with_ else contextlib.nullcontext()
         for step in range(3):
@@ -109,12 +109,16 @@ def test_lockstep_is_bit_equal_on_every_model(world: World, engine: str, model: 
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
 )
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("world", [2], indirect=True)
-def test_lockstep_is_bit_equal_with_what_a_step_may_come_with(world: World, engine: str, with_: tuple[str, ...]):
-    world.run(compare, engine=engine, model="llama-tied", with_=with_)
+def test_lockstep_is_bit_equal_with_what_a_step_may_come_with(
+    world: World, engine: str, model: str, with_: tuple[str, ...]
+):
+    world.run(compare, engine=engine, model=model, with_=with_)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("engine", ["hsdp", "zero3-hpz"])
 @pytest.mark.parametrize("world", [4], indirect=True)
-def test_lockstep_is_bit_equal_on_two_by_two_ranks(world: World, engine: str):
-    world.run(compare, engine=engine, model="opt")
+def test_lockstep_is_bit_equal_on_two_by_two_ranks(world: World, engine: str, model: str):
+    world.run(compare, engine=engine, model=model)
