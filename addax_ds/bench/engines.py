@@ -25,9 +25,9 @@ ZERO3 = {
 }
 
 
-def sharded_engine(world: World, name: str, model_name: str) -> Engine:
-    """A model in float32, sharded over all ranks by FSDP2 or ZeRO-3."""
-    model = load_model(locate_model(model_name), RunConfig())
+def sharded_engine(world: World, name: str, config: RunConfig) -> Engine:
+    """The run's model, with its adapters and in its dtype, sharded over all ranks by FSDP2 or ZeRO-3."""
+    model = load_model(locate_model(config.model), config)
     if name == "fsdp":
         shard(model, init_device_mesh(world.device.type, (world.size,)))
         optimizer: Any = Addax(model)

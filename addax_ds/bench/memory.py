@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,18 @@ import torch
 from addax_ds.bench.engines import MODEL, check, on_engine, sharded_engine
 from addax_ds.bench.ranks import on_ranks
 from addax_ds.bench.table import Bench
-from addax_ds.config import RunConfig
+from addax_ds.config import RunConfig, TensorTrainConfig
 from addax_ds.data.partition import partition
 from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss
 from addax_ds.micro_batches import Batch
 from addax_ds.optimizer import Addax
-from addax_ds.training.models import accepted, checkpoint_activations
+from addax_ds.training.models import accepted
 from addax_ds.training.run import prepare_inputs, step_batches, step_samples
 from addax_ds.training.world import World
 
 STEPS = 2
-METHODS = ("mezo", "addax", "ip-sgd", "sgd", "adamw")
+METHODS = ("mezo", "addax", "ip-sgd", "sgd", "adamw", "adazeta", "adazeta, bfloat16")
 # Gradients of one micro-batch wait for the next one's: what a third would hold, the second holds.
 ACCUMULATED = 2
 # Else the C library keeps freed tensors of up to 32 MB, and peaks come out two to three times too high.
@@ -52,13 +53,14 @@ def bench_memory(
     All take the same batch of documents longer than L_T, mezo and addax zeroth-order; addax adds its
     first-order batch of the rest. ip-sgd, sgd and adamw take that batch in micro-batches of
     `fo_micro_batch`, of which each rank runs only the two of the longest documents: the peak is theirs.
+    adazeta takes it zeroth-order in micro-batches of that size; its backbone is frozen.
     """
     check("fsdp", ranks, config)
     if not torch.cuda.is_available() and sys.platform != "linux":
         raise UserError("peak memory is read from Linux or from a GPU: run this table on one of them")
     bench = Bench("memory", f"MB per rank, {config.model} on {config.data}, FSDP2, {ranks} ranks")
     for recompute, method in itertools.product(checkpointing, methods):
-        figures = on_ranks(measure, ranks, variables=_MALLOC, method=method, checkpointing=recompute, config=config)
+        figures = on_ranks(measure, ranks, variables=_MALLOC, method=method, config=_of(method, config, recompute))
         bench.rows.append(
             {
                 "method": method,
@@ -77,16 +79,21 @@ def bench_memory(
     return bench
 
 
-def measure(world: World, method: str, checkpointing: bool, config: RunConfig) -> dict[str, int]:
+def _of(method: str, config: RunConfig, checkpointing: bool) -> RunConfig:
+    config = replace(config, activation_checkpointing=checkpointing)
+    if method.startswith("adazeta"):
+        config = replace(config, alpha=1.0, adapter=TensorTrainConfig(), zo_micro_batch=config.fo_micro_batch)
+    return replace(config, dtype="bfloat16") if method.endswith("bfloat16") else config
+
+
+def measure(world: World, method: str, config: RunConfig) -> dict[str, int]:
     """Bytes on this rank: weights, gradients and states kept after a step, and the peak with the weights."""
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
-    engine = sharded_engine(world, "fsdp", config.model)
+    engine = sharded_engine(world, "fsdp", config)
     model: Any = engine.model
-    if checkpointing:
-        checkpoint_activations(model)
     inputs = accepted(model)
-    alpha = {"mezo": 1.0, "ip-sgd": 0.0}.get(method, 1e-3)
+    alpha = {"mezo": 1.0, "ip-sgd": 0.0}.get(method, config.alpha)
     optimizer: Any
     if method in ("sgd", "adamw"):
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -182,7 +182,7 @@ def time_steps(world: World, engine: str, rounds: int, config: RunConfig) -> dic
     """Mean seconds of the same `_STEPS` steps, each at its fastest, and those spent perturbing and updating."""
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
-    held = sharded_engine(world, engine, config.model)
+    held = sharded_engine(world, engine, config)
     hyper = {"lr": 1e-5, "zo_micro_batch": config.zo_micro_batch, "fo_micro_batch": config.fo_micro_batch}
     kinds: dict[str, Callable[[], Any]] = {
         "floor": lambda: on_engine(Floor, held, **hyper),

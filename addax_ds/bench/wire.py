@@ -7,6 +7,7 @@ import torch
 from addax_ds.bench.engines import ENGINES, MODEL, on_engine, sharded_engine
 from addax_ds.bench.ranks import on_ranks
 from addax_ds.bench.table import Bench
+from addax_ds.config import RunConfig
 from addax_ds.optimizer import Addax
 from addax_ds.training.wire import WireCounter
 from addax_ds.training.world import World
@@ -47,7 +48,7 @@ def bench_wire(worlds: tuple[int, ...] = (2, 4), model: str = MODEL) -> Bench:
 
 def count(world: World, engine: str, model: str) -> tuple[dict[str, dict[str, int]], int]:
     """Bytes by collective of each kind of step, and the model's size in bytes."""
-    held = sharded_engine(world, engine, model)
+    held = sharded_engine(world, engine, RunConfig(model=model))
     shards = list(held.shards())
     model_bytes = sum(shard.numel * shard.local.element_size() for shard in shards)
     ids = torch.randint(0, 50, (world.size, 16), generator=torch.Generator().manual_seed(0)).to(held.device)

@@ -8,7 +8,7 @@ import torch
 from addax_ds.bench.contraction import LLAMA_2_7B, bench_contraction
 from addax_ds.bench.directions import bench_directions
 from addax_ds.bench.engines import on_engine
-from addax_ds.bench.memory import bench_memory
+from addax_ds.bench.memory import METHODS, bench_memory
 from addax_ds.bench.noise import bench_noise
 from addax_ds.bench.ranks import on_ranks
 from addax_ds.bench.step import Floor, bench_step
@@ -133,11 +133,13 @@ def test_step_times_every_kind_beside_the_floor(tiny, engine):
 
 def test_memory_of_states_is_exact_and_every_peak_is_there(tiny):
     settings = ["k0=4", "k1=4", "train_samples=60", "eval_samples=1"]
-    result = bench_memory(2, load_run(str(tiny.run_file), settings), ("mezo", "addax", "adamw"), (True,))
+    result = bench_memory(2, load_run(str(tiny.run_file), settings), METHODS, (True,))
     weights = {row["method"]: row["weights and states of addax's"] for row in result.rows}
     # Weights alone; with gradients and two moments (and a step count for each weight).
     assert weights["addax"] == weights["mezo"] == 1
     assert weights["adamw"] == pytest.approx(4, rel=0.01)
+    # The same backbone in half the bytes, beside adapters in float32.
+    assert 1 < weights["adazeta"] == pytest.approx(weights["adazeta, bfloat16"] + 0.5, rel=0.01)
     assert all(row["peak"] > row["weights and states"] for row in result.rows)
 
 
