@@ -1,18 +1,26 @@
 """LoRA and prefix parameters, through peft."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from addax_ds.adapters.files import WEIGHTS
+from addax_ds.adapters.files import CONFIG, WEIGHTS, read_adapter_config, whole_backbone_digest
 from addax_ds.config import LoraConfig, PrefixConfig
+from addax_ds.core.shard import Shard
 from addax_ds.errors import UserError
 
 _PREFIX = "prompt_encoder.default.embedding.weight"
+_DIGEST = "backbone_digest"
+# Settings of peft that do not say what loaded adapters compute.
+_OF_NO_EFFECT = {
+    *("base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision"),
+    *("auto_mapping", "lora_dropout", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config"),
+}
 
 
 def add(model: nn.Module, config: LoraConfig | PrefixConfig) -> nn.Module:
@@ -54,34 +62,81 @@ def _keys_and_values(model: Any, tokens: int) -> torch.Tensor:
     return torch.stack(parts).permute(2, 0, 1, 3).reshape(tokens, -1)
 
 
-def write(folder: Path, skeleton: Any, weights: dict[str, torch.Tensor], base_model: str) -> None:
-    """Write adapters as `PeftModel.from_pretrained` reads them. weights: all that are trained, whole."""
-    settings = skeleton.peft_config["default"]
-    if _PREFIX in weights:
-        kept = {"prompt_embeddings": weights[_PREFIX]}
-    else:
-        kept = _peft().get_peft_model_state_dict(skeleton, state_dict=weights)
+def backbone(model: Any, shards: Iterable[Shard]) -> Iterator[Shard]:
+    """Those shards that are not of adapters, as `files.backbone` gives them for adapters of our own."""
+    prefix = "base_model." if _settings(model).peft_type == "PREFIX_TUNING" else "base_model.model."
+    for shard in shards:
+        if not shard.name.startswith("prompt_encoder.") and ".lora_" not in shard.name:
+            name = shard.name.removeprefix(prefix).replace(".base_layer.", ".")
+            yield Shard(name, shard.numel, shard.start, shard.local.bfloat16())
+
+
+def write(folder: Path, skeleton: Any, weights: dict[str, torch.Tensor], base_model: str, digest: str) -> None:
+    """Write adapters as `PeftModel.from_pretrained` reads them. weights: all that are trained, whole; digest: of the
+    backbone, kept where peft does not look."""
+    settings = _settings(skeleton)
+    kept = _stored(skeleton, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in kept.items()}, folder / WEIGHTS)
+    contiguous = {name: tensor.contiguous() for name, tensor in kept.items()}
+    save_file(contiguous, folder / WEIGHTS, {"format": "pt", _DIGEST: digest})
     settings.base_model_name_or_path, settings.inference_mode = base_model, True
     settings.save_pretrained(folder)
 
 
-def load(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapters of a folder, to be trained or evaluated."""
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} holds no {WEIGHTS}: give a folder with adapters")
+def load(model: nn.Module, config: LoraConfig | PrefixConfig, folder: Path) -> nn.Module:
+    """The model with the adapters of a folder, to be trained or evaluated; draws from torch's generator.
+
+    Nothing in the folder is followed: its tensors go into adapters of `config`. Raises `UserError`
+    where it holds others, or another backbone's, or damaged ones.
+    """
+    there = read_adapter_config(folder)
     try:
-        settings = _peft().PeftConfig.from_pretrained(str(folder))
-        if settings.peft_type == "PREFIX_TUNING":
-            # peft trains no prefix that it has loaded.
-            return _with_prefix(model, load_file(folder / WEIGHTS)["prompt_embeddings"])
-        return _peft().PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except UserError:
-        raise
-    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: these adapters do not fit the model: {reason}") from None
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            digest = (file.metadata() or {}).get(_DIGEST)
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): restore it") from None
+    if digest not in (None, whole_backbone_digest(model)):  # none where peft itself has written them
+        base_model = there.get("base_model_name_or_path")
+        raise UserError(f"{folder}: they belong to the backbone {base_model}, and this model has other weights")
+    wrapped: Any = add(model, config)
+    _check_settings(there, _settings(wrapped).to_dict(), folder)
+    trained = {name: p.detach() for name, p in wrapped.named_parameters() if p.requires_grad}
+    own = _stored(wrapped, trained)
+    if {name: p.shape for name, p in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise UserError(f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: restore both")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    return wrapped
+
+
+def _stored(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Trained weights under the names that peft stores them by."""
+    if _PREFIX in weights:
+        return {"prompt_embeddings": weights[_PREFIX]}
+    return _peft().get_peft_model_state_dict(model, state_dict=weights)
+
+
+def _settings(model: Any) -> Any:
+    return model.peft_config["default"]
+
+
+def _check_settings(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
+    """Raises `UserError` where adapters of the settings `there` compute otherwise than those of `here`."""
+    for name in sorted(there.keys() - _OF_NO_EFFECT):
+        value, own = (_comparable(settings.get(name)) for settings in (there, here))
+        if value != own:
+            raise UserError(
+                f"{folder / CONFIG}: {name} is {value!r:.100}, and adapters of this run have {own!r:.100}: set adapter "
+                "to theirs"
+            )
+
+
+def _comparable(value: Any) -> Any:
+    """A setting as JSON has it, without order where it names modules, and nothing for what is off."""
+    if isinstance(value, list | set | tuple):
+        return sorted(map(str, value)) or None
+    return getattr(value, "value", value) or None
 
 
 def _peft() -> Any:

@@ -34,12 +34,12 @@ def sharded_engine(world: World, name: str, config: RunConfig) -> Engine:
     else:
         import deepspeed
 
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": ZERO3, "optimizer": {"type": "Addax"}}
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": ZERO3, "optimizer": {"type": "Addax"}}
         deepspeed.utils.logger.setLevel("WARNING")
         if world.local_rank == 0:
             build_cpu_op()
         dist.barrier()
-        _, wrapped, _, _ = deepspeed.initialize(model=model, config=config)
+        _, wrapped, _, _ = deepspeed.initialize(model=model, config=settings)
         optimizer = wrapped.optimizer
     engine = optimizer.engine
     optimizer.detach()

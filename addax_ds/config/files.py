@@ -2,19 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from addax_ds.config.adapters import ADAPTERS, AdapterConfig
 from addax_ds.config.checks import nearest
+from addax_ds.config.loader import NOT_YAML, parse
 from addax_ds.config.method import QuerySchedule, for_method
 from addax_ds.config.run import RunConfig
 from addax_ds.config.task import TaskConfig
 from addax_ds.errors import UserError
-
-_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)  # PyYAML passes on some of them
 
 
 def load_run(path: str | None, overrides: list[str]) -> RunConfig:
@@ -43,10 +41,10 @@ def load_run(path: str | None, overrides: list[str]) -> RunConfig:
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UserError` where there is none."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: give the path of {what}") from None
-    except _NOT_YAML as error:
+    except NOT_YAML as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict | None):
         raise UserError(f"{path}: {what} is a mapping of settings")
@@ -55,10 +53,13 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """`cls(**values)`, with the first thing that is wrong as a one-line `UserError`."""
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
+    known = {field.name: field.type for field in dataclasses.fields(cls)}
+    for key, value in values.items():
         if key not in known:
-            raise UserError(f"{where}: unknown key {key}{nearest(str(key), known)}")
+            raise UserError(f"{where}: unknown key {str(key)[:100]}{nearest(str(key)[:100], [*known])}")
+        # It would count as 1 or 0.
+        if isinstance(value, bool) and bool not in (known[key], *get_args(known[key])):
+            raise UserError(f"{where}: {key} is {str(value).lower()}: give a value, not yes or no")
     if isinstance(values.get("adapter"), dict):
         values = {**values, "adapter": _build_adapter(values["adapter"], f"{where}: adapter")}
     for name, group in (("task", TaskConfig), ("query_schedule", QuerySchedule)):
@@ -74,7 +75,7 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
         setting = first["loc"][0]
         # A setting of several types has one complaint for each.
         complaints = " or ".join(e["msg"].lower() for e in error.errors() if e["loc"][0] == setting)
-        raise UserError(f"{where}: {setting} is {first.get('input')!r}: {complaints}") from None
+        raise UserError(f"{where}: {setting} is {first.get('input')!r:.200}: {complaints}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -82,8 +83,8 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 def _build_adapter(values: dict[str, Any], where: str) -> AdapterConfig:
     """The adapters that a mapping describes, told apart by its kind."""
     kind = values.get("kind")
-    if kind not in ADAPTERS:
-        raise UserError(f"{where}: kind is {kind}: give one of {', '.join(ADAPTERS)}")
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        raise UserError(f"{where}: kind is {str(kind):.200}: give one of {', '.join(ADAPTERS)}")
     return build(ADAPTERS[kind], values, where)
 
 
@@ -94,13 +95,13 @@ def _parsed(override: str) -> tuple[str, Any]:
         raise UserError(f"{override}: overrides are written key=value")
     try:
         return key, parse_value(text)
-    except _NOT_YAML:
+    except NOT_YAML:
         raise UserError(f"{override}: the value is not YAML: quote it, as in {key}='\"...\"'") from None
 
 
 def parse_value(text: str) -> Any:
-    """A YAML scalar, with 1e-3 read as the number it plainly is (YAML 1.1 reads a string)."""
-    value = yaml.safe_load(text)
+    """A YAML scalar, with inf and nan as the numbers that Python takes them for."""
+    value = parse(text)
     if isinstance(value, str):
         try:
             return float(value)

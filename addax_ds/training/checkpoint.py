@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ from addax_ds.digest import digest_of, digest_over, weights_digest
 from addax_ds.engines.base import Engine
 from addax_ds.errors import UserError, is_of_another_rank
 from addax_ds.training.agreement import agree, from_main
+from addax_ds.training.finite import not_finite
 from addax_ds.training.metrics import sync_folder, write_json, write_whole
 
 # Said of every save and load in a process that is no rank of several.
@@ -45,6 +46,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _COMPLETE = re.compile(r"step-(\d{6,})")
+_KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights that are trained
 # Names of folders that are being written or removed: never read.
 _UNFINISHED = (".partial", ".removed")
 
@@ -292,13 +294,6 @@ class Checkpoints:
         return manifest
 
 
-def not_finite(engine: Engine, shards: Iterable[Shard]) -> str:
-    """The first parameter of which any rank has a weight that is not finite; empty without one (a collective)."""
-    spoilt = {shard.name: float(not shard.local.isfinite().all()) for shard in shards}
-    totals = engine.sum(torch.tensor(list(spoilt.values()), dtype=torch.float64)).tolist()
-    return next((name for name, total in zip(spoilt, totals, strict=True) if total), "")
-
-
 def audited(path: Path) -> Manifest:
     """The manifest of a checkpoint that holds weights of the digest that it says; in one process, without a model.
 
@@ -308,7 +303,7 @@ def audited(path: Path) -> Manifest:
     if manifest is None:
         raise UnusableError(unusable)
     shards = [
-        Shard(name, int(numel), 0, torch.empty(int(numel), dtype=getattr(torch, str(kind))))
+        Shard(name, int(numel), 0, torch.empty(int(numel), dtype=_KINDS[str(kind)]))
         for name, (numel, kind) in manifest.parameters.items()
     ]
     _read(path, shards, None)
@@ -359,6 +354,9 @@ def read_manifest(path: Path) -> Manifest:
         raise UnusableError(f"{damaged}: {MANIFEST}: {first['loc'][0]}: {first['msg'].lower()}: load another") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableError(f"{damaged}: {MANIFEST}: {' '.join(str(error).split())[:200]}: load another") from None
+    for name, entry in manifest.parameters.items():
+        if list(map(type, entry)) != [int, str] or entry[1] not in _KINDS:
+            raise UnusableError(f"{damaged}: {MANIFEST}: {name} has no number and type of weights: load another")
     for name, size in manifest.files.items():
         file = path / name
         if Path(name).name != name or not file.is_file():

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from addax_ds.adapters import through_peft
-from addax_ds.adapters.files import backbone, write_adapters
+from addax_ds.adapters import files, through_peft
 from addax_ds.config import RunConfig, TensorTrainConfig
 from addax_ds.core.skeleton import Absent, link_buffers
 from addax_ds.digest import digest_over
@@ -45,15 +44,17 @@ def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 def export_adapter(engine: Engine, config: RunConfig, folder: Path) -> None:
     """Write the run's adapters alone to `folder`, whole or not at all (a collective)."""
     weights = {name: engine.whole(name).cpu() for name in engine.names if engine.trainable(name)}
-    digest = digest_over(engine, list(backbone(engine.skeleton, engine.shards())))
+    own = isinstance(config.adapter, TensorTrainConfig)
+    backbone = (files if own else through_peft).backbone(engine.skeleton, engine.shards())
+    digest = digest_over(engine, list(backbone))
 
     def write() -> None:
         unfinished = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(config.adapter, TensorTrainConfig):
-            write_adapters(unfinished, config.adapter, weights, config.model, digest)
+            files.write_adapters(unfinished, config.adapter, weights, config.model, digest)
         else:
-            through_peft.write(unfinished, engine.skeleton, weights, config.model)
+            through_peft.write(unfinished, engine.skeleton, weights, config.model, digest)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
 

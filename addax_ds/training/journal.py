@@ -132,9 +132,8 @@ def read_journal(path: Path, to_go_on: bool = False) -> Entries:
     records: list[Record] = []
     events, ends = [], []
     digest, end, damage = "", 0, ""
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break  # torn by a crash
+    whole = content.split(b"\n")[:-1]  # what follows the last line end was torn by a crash
+    for number, line in enumerate((line + b"\n" for line in whole), start=1):
         try:
             body, written = _unsigned(json.loads(line))
             if written != _chained(digest, body) or line != _line(body, written):
@@ -149,7 +148,7 @@ def read_journal(path: Path, to_go_on: bool = False) -> Entries:
                     raise ValueError(f"step {records[-1].step} follows step {len(records) - 1}")
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             damage = f"{path}: line {number} is damaged ({error}): restore the file"
             if header is None or not to_go_on:
                 raise UserError(damage) from None
@@ -166,6 +165,8 @@ def _checked_header(body: Any, path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a journal of format {FORMAT}: use the version that wrote it")
     if not isinstance(body.get("train_samples"), int) or body["train_samples"] < 1:
         raise ValueError("train_samples is no number of samples")
+    if not isinstance(body.get("weights"), str):
+        raise ValueError("weights is no digest")
     return body
 
 

@@ -70,7 +70,7 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
     optimizer = Addax(model, **{**hyperparameters(config), "perturb": "gathered"})
     if start:
         manifest = Checkpoints(folder / CHECKPOINTS, optimizer.engine, len(saved)).load(saved[start])
-        entries.position(start, manifest.run["journal"])
+        entries.position(start, str(manifest.run.get("journal")))
     elif weights_digest(optimizer.engine) != entries.header["weights"]:
         raise UserError(f"model {config.model} is not the one that the run began with: restore it")
     repeated = entries.records[start:stop]

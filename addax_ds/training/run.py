@@ -29,6 +29,7 @@ from addax_ds.loss import choice_loss, token_loss
 from addax_ds.training.agreement import from_main
 from addax_ds.training.evaluation import EvaluationStoppedError, evaluate, metric_name, placed
 from addax_ds.training.export import export, export_adapter
+from addax_ds.training.finite import check_model
 from addax_ds.training.folder import SUMMARY, can_resume, finished, open_folder
 from addax_ds.training.metrics import read_metrics, write_json
 from addax_ds.training.models import (
@@ -180,6 +181,7 @@ def _train(
         progress.update()
         state.took(metrics, samples, request.received)
     progress.close()
+    state.steps_are_taken()
 
     try:
         after = score_of(prepared.held_out) if config.steps else before
@@ -329,6 +331,7 @@ def score_only(config: RunConfig) -> dict[str, Any] | None:
         model = load_model(prepared.location, config)
         inputs = accepted(model)
         optimizer = build_addax(model, config, world)
+        check_model(optimizer.engine, config)
         scores = evaluate(
             optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens
         )

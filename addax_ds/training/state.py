@@ -15,8 +15,9 @@ from addax_ds.digest import weights_digest
 from addax_ds.errors import PreemptedError, UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.agreement import agree, from_main
-from addax_ds.training.checkpoint import Checkpoints, Manifest, UnusableError, complete, not_finite
+from addax_ds.training.checkpoint import Checkpoints, Manifest, UnusableError, complete
 from addax_ds.training.evaluation import EvaluationStoppedError
+from addax_ds.training.finite import check_model, check_result, not_finite
 from addax_ds.training.folder import CHECKPOINTS, JOURNAL, versions
 from addax_ds.training.journal import Entries, Journal, Record, is_begun, read_journal
 from addax_ds.training.metrics import METRICS, MetricsWriter, read_metrics
@@ -65,10 +66,8 @@ class RunState:
         if loaded is not None and loaded.step > config.steps:
             raise UserError(f"the run has taken {loaded.step} steps already: set steps to that or more")
         # No checkpoint of it could be saved; what is loaded has been looked at.
-        if loaded is None and (name := not_finite(self._engine, self._engine.shards())):
-            raise UserError(
-                f"model {config.model}: {name} has weights that are not finite: mend them or choose another"
-            )
+        if loaded is None:
+            check_model(self._engine, config)
         self.steps = loaded.step if loaded else 0
         """Steps that the weights have taken."""
         self.before: dict[str, float] | None = loaded.run["before"] if loaded else None
@@ -260,9 +259,13 @@ class RunState:
     def _told(self, error: OSError) -> str:
         return f"cannot write to {self._folder}: {error.strerror}: mend that and start the same command to go on"
 
-    def end(self, digest: str) -> None:
-        """The last step is taken and the weights have this digest."""
+    def steps_are_taken(self) -> None:
+        """Have the last save end; raises `UserError` where the steps have left weights that are not finite."""
         self._checkpoints.wait()
+        check_result(self._engine, self.steps)
+
+    def end(self, digest: str) -> None:
+        """The weights after the last step have this digest."""
 
         def close() -> None:
             if self._journal is not None and self._metrics is not None:

@@ -10,6 +10,7 @@ from addax_ds.config import RunConfig
 from addax_ds.errors import PreemptedError
 from addax_ds.training.agreement import agree, from_main
 from addax_ds.training.evaluation import EvaluationStoppedError
+from addax_ds.training.finite import check_model, check_result
 from addax_ds.training.metrics import MetricsWriter
 from addax_ds.training.models import Optimizer
 
@@ -24,6 +25,7 @@ class UnsavedState:
         self, config: RunConfig, folder: Path, optimizer: Optimizer, resuming: bool, say: Callable[[str], Any]
     ) -> None:
         self._config, self._folder, self._engine = config, folder, optimizer.engine
+        check_model(self._engine, config)
         if resuming:
             say(f"{config.method} keeps no checkpoints: the run starts anew")
         self._metrics: MetricsWriter | None = None
@@ -69,7 +71,11 @@ class UnsavedState:
             "starts anew"
         )
 
+    def steps_are_taken(self) -> None:
+        """Raises `UserError` where the steps have left weights that are not finite."""
+        check_result(self._engine, self.steps)
+
     def end(self, digest: str) -> None:
-        """The last step is taken."""
+        """Nothing follows."""
         if self._metrics is not None:
             self._metrics.close()

@@ -22,6 +22,8 @@ def bad(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     shutil.copy(tiny.run_file, folder / "run.yaml")
     (folder / "list.yaml").write_text("- model\n- data\n")
+    (folder / "aliases.yaml").write_text("model: &a [lol, lol]\ndata: [*a, *a]\n")
+    (folder / "twice.yaml").write_text("steps: 3\nlr: 0.1\nsteps: 4\n")
     (folder / "broken.yaml").write_text("model: [tiny\nlr: 1\n")
     (folder / "deep.yaml").write_text("[" * 5000)
     (folder / "date.yaml").write_text("model: 2024-13-45\n")
@@ -98,6 +100,12 @@ BEFORE_START = {
     "word that is no setting": ([RUN, "steps"], ["steps: one run file at most; settings are written key=value"]),
     "run file that does not exist": (["BAD/nowhere.yaml"], ["nowhere.yaml: No such file"]),
     "run file that is a folder": (["BAD/empty"], ["Is a directory"]),
+    "run file with aliases": (["BAD/aliases.yaml"], ["aliases.yaml: not YAML: line 2: *a is not taken"]),
+    "run file with a key twice": (["BAD/twice.yaml"], ["twice.yaml: not YAML: line 3: steps stands there twice"]),
+    "yes or no in place of a number": ([RUN, "steps=yes"], ["steps is true: give a value, not yes or no"]),
+    "number in base 60": ([RUN, "steps=1:30"], ["steps is '1:30'"]),
+    "kind of adapter that is a list": ([RUN, "adapter.kind=[1]"], ["adapter: kind is [1]: give one of"]),
+    "value that is long": ([RUN, "steps=" + "x" * 5000], ["steps is 'xxx"]),
     "run file that is a list": (["BAD/list.yaml"], ["a run file is a mapping"]),
     "run file that is not YAML": (["BAD/broken.yaml"], ["broken.yaml: not YAML", "line 2"]),
     "run file that is not UTF-8": (["BAD/latin1.yaml"], ["latin1.yaml: not YAML"]),

@@ -1,15 +1,22 @@
 """Runs that train adapters: written alone, scored again, resumed, repeated from the journal."""
 
+import dataclasses
 import json
+import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from addax_ds.adapters.files import WEIGHTS, load_adapters
+from addax_ds.adapters.files import CONFIG, WEIGHTS, load_adapters
+from addax_ds.config import load_run
+from addax_ds.errors import UserError
 from addax_ds.training.checkpoint import read_manifest
 from addax_ds.training.metrics import read_json, read_metrics
+from addax_ds.training.models import load_model
 from tests.cli.commands import run
 from tests.launch.processes import ROOT
 from tests.training.dying import Death
@@ -113,3 +120,107 @@ def test_what_does_not_fit_is_one_line(tiny, tmp_path, settings, words):
     ended = run("train", tiny.run_file, *settings, "output=out", cwd=tmp_path)
     assert ended.status == 2, ended.error
     assert words in ended.error and ended.error.strip().count("\n") == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Folders of adapters by their kind, and the settings that they were trained with."""
+    folder = tmp_path_factory.mktemp("trained")
+    for kind, settings in KINDS.items():
+        run("train", tiny.run_file, *settings, f"output={kind}", "steps=2", "lr=0.05", cwd=folder).check()
+    return {
+        kind: (folder / kind / "adapter", load_run(str(tiny.run_file), settings)) for kind, settings in KINDS.items()
+    }
+
+
+def with_settings(**changes):
+    def damage(folder):
+        settings = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**settings, **changes}))
+
+    return damage
+
+
+def with_tensors(change):
+    def damage(folder):
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(folder / WEIGHTS)
+        save_file(change(tensors), folder / WEIGHTS, metadata)
+
+    return damage
+
+
+def a_backbone_of_another(folder):
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"backbone_digest": "0" * 32})
+
+
+ODD = {
+    "lora": {
+        **{f"r {value}": with_settings(r=value) for value in ("abc", None, 16, [4])},
+        **{f"lora_alpha {value}": with_settings(lora_alpha=value) for value in ("x", 1e6)},
+        **{f"target_modules {value}": with_settings(target_modules=value) for value in (3, "(((", ["o_proj"], [])},
+        **{f"peft_type {value}": with_settings(peft_type=value) for value in ([1], "LOHA", "XLORA", "PREFIX_TUNING")},
+        "another scale": with_settings(use_rslora=True),
+        "ranks of some layers": with_settings(rank_pattern={"q_proj": 2}),
+        "some layers": with_settings(layers_to_transform="x"),
+        "code of its own": with_settings(megatron_core="os"),
+        "adapters of adapters": with_settings(adapters={"0": "/etc"}),
+    },
+    "prefix": {
+        "tokens": with_settings(num_virtual_tokens=4),
+        "projection": with_settings(prefix_projection=True),
+    },
+}
+ODD_TENSORS = {
+    "none of them": with_tensors(lambda tensors: {"x": torch.zeros(1)}),
+    "a shape": with_tensors(lambda tensors: {name: tensor[:1].contiguous() for name, tensor in tensors.items()}),
+    "names": with_tensors(lambda tensors: {f"{name}.x": tensor for name, tensor in tensors.items()}),
+    "cut": lambda folder: os.truncate(folder / WEIGHTS, 100),
+    "no file": lambda folder: (folder / WEIGHTS).unlink(),
+    "text": lambda folder: (folder / WEIGHTS).write_text("adapters") and None,
+    "settings that are no JSON": lambda folder: (folder / CONFIG).write_text("{") and None,
+    "settings that are a list": lambda folder: (folder / CONFIG).write_text("[]") and None,
+}
+DAMAGED = [
+    *((kind, name, damage) for kind, damages in ODD.items() for name, damage in damages.items()),
+    *((kind, name, damage) for kind in KINDS for name, damage in ODD_TENSORS.items()),
+    *((kind, "another backbone", a_backbone_of_another) for kind in ("lora", "prefix")),
+]
+
+
+@pytest.mark.parametrize(("kind", "damage"), [pytest.param(k, d, id=f"{k}-{name}") for k, name, d in DAMAGED])
+def test_adapters_that_are_damaged_or_others_are_refused_in_one_line(tiny, trained, tmp_path, kind, damage):
+    folder, config = trained[kind]
+    shutil.copytree(folder, tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    with pytest.raises(UserError) as refused:
+        load_model(str(tiny.model), dataclasses.replace(config, adapter_weights=str(tmp_path / "adapter")))
+    assert str(tmp_path / "adapter") in str(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_come_back_as_they_were_onto_their_backbone_alone(tiny, trained, kind):
+    folder, config = trained[kind]
+    config = dataclasses.replace(config, adapter_weights=str(folder))
+    model = load_model(str(tiny.model), config)
+    held = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(float(p.detach().sum()) for p in held.values()) == sorted(
+        float(tensor.sum()) for tensor in load_file(folder / WEIGHTS).values()
+    )
+    other = AutoModelForCausalLM.from_pretrained(tiny.model)
+    other.model.norm.weight.data[0] += 0.1
+    other.save_pretrained(folder.parent / "other")
+    with pytest.raises(UserError, match="they belong to the backbone"):
+        load_model(str(folder.parent / "other"), config)
+
+
+def test_adapters_that_are_not_finite_are_not_scored(trained, tmp_path):
+    folder, _ = trained["lora"]
+    shutil.copytree(folder.parent, tmp_path / "out")
+    with_tensors(lambda tensors: {name: tensor.fill_(torch.nan) for name, tensor in tensors.items()})(
+        tmp_path / "out" / "adapter"
+    )
+    ended = run("eval", "out", cwd=tmp_path)
+    assert ended.status == 2 and "has weights that are not finite" in ended.error

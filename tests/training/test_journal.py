@@ -1,5 +1,6 @@
 """The journal says what every step did, in few bytes, and no line of it changes unnoticed."""
 
+import itertools
 import json
 import random
 
@@ -9,7 +10,7 @@ from addax_ds.errors import UserError
 from addax_ds.training import journal
 from addax_ds.training.journal import Journal, Record, read_journal
 
-HEADER = {"train_samples": 1000, "seed": 3, "alpha": 1.0}
+HEADER = {"train_samples": 1000, "seed": 3, "alpha": 1.0, "weights": "00"}
 
 
 def records(count: int, samples: int = 1000, k0: int = 5) -> list[Record]:
@@ -96,9 +97,9 @@ def lines_of(path):
 def test_every_single_changed_byte_is_noticed(tmp_path, number):
     write(tmp_path / "j", records(20))
     lines = lines_of(tmp_path / "j")
-    for at in range(len(lines[number]) - 1):
+    for at, byte in itertools.product(range(len(lines[number]) - 1), (None, *b"\r\n")):
         changed = bytearray(lines[number])
-        changed[at] ^= 1
+        changed[at] = changed[at] ^ 1 if byte is None else byte
         (tmp_path / "j").write_bytes(b"".join([*lines[:number], bytes(changed), *lines[number + 1 :]]))
         with pytest.raises(UserError):
             read_journal(tmp_path / "j")

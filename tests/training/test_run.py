@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import addax_ds
+from addax_ds.baselines import TorchBaseline
 from addax_ds.config import QuerySchedule, RunConfig, load_run
 from addax_ds.core.noise import step_seed
 from addax_ds.data.batches import batch_indices
@@ -242,19 +244,53 @@ def test_settings_of_the_method_change_the_run(fit):
     assert len(digests | {fit().digest}) == 5
 
 
-def test_a_run_whose_loss_explodes_skips_and_still_leaves_valid_files(fit):
-    done = fit("alpha=1", "lr=1e38", "steps=4", "save=false")
+def test_a_run_whose_loss_explodes_skips_and_counts(fit):
+    done = fit("alpha=1", "max_loss=0.7", "lr=1", "steps=6", "save=false")
     skipped = [record["skipped"] for record in done.steps]
-    assert not skipped[0] and skipped[-1], "weights were written in a step without finite scalars"
-    assert done.summary["skipped_steps"] == sum(skipped)
-    assert not math.isfinite(done.steps[-1]["g0"][0])
+    assert 0 < sum(skipped) == done.summary["skipped_steps"]
     assert 0 <= done.summary["accuracy_after"] <= 1
 
 
 def test_gradients_that_are_not_finite_are_left_out_and_counted(fit):
-    done = fit("lr=1e38", "steps=4", "save=false")
+    done = fit("lr=1e30", "steps=4", "save=false")
     assert done.steps[0]["gradients_left_out"] == 0 < done.steps[-1]["gradients_left_out"]
     assert done.summary["gradients_left_out"] == sum(record["gradients_left_out"] for record in done.steps)
+
+
+def spoiling() -> None:
+    original = TorchBaseline.train_step
+
+    def spoilt(optimizer, *arguments):
+        metrics = original(optimizer, *arguments)
+        next(iter(optimizer.engine.shards())).local[0] = math.inf
+        return metrics
+
+    TorchBaseline.train_step = spoilt
+
+
+@pytest.mark.parametrize(
+    ("settings", "before"),
+    [(["method=mezo", "steps=4"], None), (["method=mezo", "steps=1"], None), (["method=sgd", "steps=1"], spoiling)],
+)
+def test_a_run_that_ends_with_weights_that_are_not_finite_says_so_and_exports_nothing(tiny, tmp_path, settings, before):
+    words = ["train", tiny.run_file, "output=out", "lr=1e39" if before is None else "lr=0.1", *settings]
+    for _ in range(2):  # the same command finds the same
+        ended = run(*words, cwd=tmp_path, ranks=2, before=before)
+        assert ended.statuses == [2, 2] and "Traceback" not in ended.error
+        assert f"has weights that are not finite after step {settings[1][-1]}: lower lr" in ended.error
+        assert "after: accuracy" not in ended.output
+        assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("words", [["eval"], ["train", "method=adamw", "output=out"], ["train", "output=out"]])
+def test_a_model_that_is_not_finite_is_neither_scored_nor_trained(tiny, tmp_path, words):
+    shutil.copytree(tiny.model, tmp_path / "nan")
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    model.model.norm.weight.data[0] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    refused = run(words[0], tiny.run_file, *words[1:], f"model={tmp_path / 'nan'}", cwd=tmp_path)
+    assert refused.status == 2 and "accuracy" not in refused.output
+    assert f"model {tmp_path / 'nan'}: model.norm.weight has weights that are not finite" in refused.error
 
 
 def test_too_many_spoilt_steps_in_a_row_end_the_run(tiny, tmp_path):
