@@ -102,7 +102,7 @@ def verify(settings: Settings = None, local_rank: LocalRank = None) -> None:
     """Compare versions, devices, noise, weights, batches and a step across ranks; start it with mpirun or torchrun."""
     from addax_ds.cli.verify import verify as run
 
-    run(_load(settings))
+    run(lambda: _load(settings))
 
 
 @app.command()

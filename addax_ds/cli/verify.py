@@ -1,5 +1,7 @@
 """`addax-ds verify`: do all ranks have the same before a job is trusted to them?"""
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.table import Table
 
@@ -8,15 +10,22 @@ from addax_ds.errors import UserError
 from addax_ds.training.verify import Report, disagreements, gather, report_of, usual
 
 
-def verify(config: RunConfig) -> None:
-    """Print what the ranks have, on rank 0. Raises `UserError` that names rank, node and item."""
+def verify(load: Callable[[], RunConfig]) -> None:
+    """Print what the ranks have, on rank 0. Raises `UserError` that names rank, node and item.
+
+    load: reads the settings; a rank that cannot is one that differs.
+    """
     own: list[Report] = []
 
     def report(rank: int, local_rank: int) -> Report:
-        own.append(report_of(config, rank, local_rank))
+        own.append(report_of(load, rank, local_rank))
         return own[0]
 
-    reports = gather(report)
+    try:
+        minutes = load().timeout_minutes
+    except UserError:
+        minutes = RunConfig().timeout_minutes
+    reports = gather(report, minutes)
     lines = disagreements(reports)
     if own[0].rank == 0:
         table = Table(title=f"{len(reports)} ranks on {len({report.node for report in reports})} nodes")

@@ -84,7 +84,7 @@ def _build_adapter(values: dict[str, Any], where: str) -> AdapterConfig:
     """The adapters that a mapping describes, told apart by its kind."""
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in ADAPTERS:
-        raise UserError(f"{where}: kind is {str(kind):.200}: give one of {', '.join(ADAPTERS)}")
+        raise UserError(f"{where}: kind is {kind!s:.200}: give one of {', '.join(ADAPTERS)}")
     return build(ADAPTERS[kind], values, where)
 
 

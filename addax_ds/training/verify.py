@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,13 +25,16 @@ from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.folder import versions
-from addax_ds.training.models import hyperparameters, locate_model
+from addax_ds.training.models import hyperparameters, locate_model, read_ds_config
 from addax_ds.training.run import prepare_inputs, step_batches, step_samples
 from addax_ds.training.world import under_mpi
 
-_STORE_TIMEOUT = timedelta(minutes=10)
 _BATCHES = 3
 _FAILED = "failed:"
+_LEAVING = 10.0  # seconds
+_LONGEST_REPORT = 1 << 20  # bytes
+# Settings that say where things are: what is there is compared by its content.
+_PLACES = ("model", "data", "eval_data", "adapter_weights", "output", "ds_config")
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,15 @@ class Report:
     items: dict[str, str]
 
 
-def gather(report_of: Callable[[int, int], Report]) -> list[Report]:
+def gather(report_of: Callable[[int, int], Report], minutes: float) -> list[Report]:
     """The reports of all ranks, on every rank, without torch's process groups.
 
-    report_of: (rank, local rank) -> this rank's. Under mpirun reports travel by mpi4py, under
-    torchrun through the launcher's store; a plain process is alone.
+    report_of: (rank, local rank) -> this rank's; minutes: how long to wait for the others'. Under mpirun
+    reports travel by mpi4py, under torchrun through the launcher's store; a plain process is alone.
     """
     if "RANK" in os.environ:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return _through_store(report_of(rank, int(os.environ["LOCAL_RANK"])), size)
+        return _through_store(report_of(rank, int(os.environ["LOCAL_RANK"])), size, minutes)
     if not under_mpi():
         return [report_of(0, 0)]
     try:
@@ -60,21 +64,53 @@ def gather(report_of: Callable[[int, int], Report]) -> list[Report]:
     everyone = MPI.COMM_WORLD
     local_rank = everyone.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
     try:
-        return everyone.allgather(report_of(everyone.Get_rank(), local_rank))
+        return _through_mpi(everyone, lambda: report_of(everyone.Get_rank(), local_rank), minutes)
     except BaseException:
         traceback.print_exc()
         everyone.Abort(1)  # else the others would wait for this rank for ever
         raise
 
 
-def _through_store(report: Report, size: int) -> list[Report]:
+def _through_mpi(everyone: Any, report: Callable[[], Report], minutes: float) -> list[Report]:
+    """Ends all ranks where one has not reported in time."""
+    rank, size = everyone.Get_rank(), everyone.Get_size()
+    nodes = everyone.allgather(socket.gethostname())
+    reports = {rank: report()}
+    others = [other for other in range(size) if other != rank]
+    sent = [everyone.isend(reports[rank], other) for other in others]
+    waiting = {other: everyone.irecv(bytearray(_LONGEST_REPORT), other) for other in others}
+    end = time.monotonic() + minutes * 60
+    while waiting and time.monotonic() < end:
+        for other in list(waiting):
+            done, theirs = waiting[other].test()
+            if done:
+                reports[other] = theirs
+                del waiting[other]
+        time.sleep(0.02)
+    if waiting:
+        if rank == min(reports):
+            late = min(waiting)
+            print(
+                f"addax-ds: rank {late} on {nodes[late]} did not report within {minutes:g} minutes: look at its node",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            time.sleep(_LEAVING)  # its end would be that of the rank that says why
+        everyone.Abort(2)
+    for request in sent:
+        request.wait()
+    return [reports[other] for other in range(size)]
+
+
+def _through_store(report: Report, size: int, minutes: float) -> list[Report]:
     # torchrun serves a store of its own at that port, and every other launcher leaves it to rank 0.
     serving = report.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     key = f"addax_ds/verify/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     rank = report.rank
     try:
-        store = torch.distributed.TCPStore(address, port, None, serving, _STORE_TIMEOUT)
+        store = torch.distributed.TCPStore(address, port, None, serving, timedelta(minutes=minutes))
         store.set(f"{key}/{rank}", json.dumps(asdict(report)))
         reports = []
         for rank in range(size):
@@ -84,23 +120,25 @@ def _through_store(report: Report, size: int) -> list[Report]:
             f"rank {rank} did not report ({' '.join(str(error).split())[:100]}): look at its node"
         ) from None
     # Rank 0 may serve the store: it leaves last.
-    left, end = store.add(f"{key}/left", 1), time.monotonic() + 10.0
+    left, end = store.add(f"{key}/left", 1), time.monotonic() + _LEAVING
     while serving and left < size and time.monotonic() < end:
         time.sleep(0.05)
         left = store.add(f"{key}/left", 0)
     return reports
 
 
-def report_of(config: RunConfig, rank: int, local_rank: int) -> Report:
-    """This rank's report; an item that cannot be had says why in its place."""
+def report_of(load: Callable[[], RunConfig], rank: int, local_rank: int) -> Report:
+    """This rank's report; an item that cannot be had says why in its place. load: reads the settings."""
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     measured: dict[str, Callable[[], str]] = {
         "device": lambda: _device(device),
         "noise, normal": lambda: _noise(device, "normal"),
         "noise, rademacher": lambda: _noise(device, "rademacher"),
-        "weights": lambda: weights_of(config),
-        "batches": lambda: _batches(config),
-        "step": lambda: known_step(config, device),
+        "settings": lambda: settings_of(load()),
+        "weights": lambda: weights_of(load()),
+        "adapters": lambda: adapters_of(load()),
+        "batches": lambda: _batches(load()),
+        "step": lambda: known_step(load(), device),
     }
     items = {**versions(), **{name: _said(item) for name, item in measured.items()}}
     return Report(rank, socket.gethostname(), items)
@@ -128,14 +166,33 @@ def _noise(device: torch.device, distribution: Any) -> str:
     return hashlib.sha256(torch.cat(pieces).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
+def settings_of(config: RunConfig) -> str:
+    """Digest of a run's settings, with the content of its DeepSpeed configuration, but for what names places."""
+    values = {name: value for name, value in asdict(config).items() if name not in _PLACES}
+    values["ds_config"] = read_ds_config(config) if config.ds_config is not None else None
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def adapters_of(config: RunConfig) -> str:
+    """Digest of the adapters that a run begins with."""
+    if config.adapter_weights is None:
+        return "none" if config.adapter is None else "new"
+    return _digest_of(sorted(Path(config.adapter_weights).glob("adapter_*")))
+
+
 def weights_of(config: RunConfig) -> str:
     """Digest of a model's config.json and of the safetensors files that hold its weights, by name and content."""
     settings = Path(str(cached_file(locate_model(config.model), "config.json")))
     files = sorted(settings.parent.glob("*.safetensors"))
     if not files:
         raise UserError(f"{settings.parent} holds no safetensors files: download the model, or give one that has them")
+    return _digest_of([settings, *files])
+
+
+def _digest_of(files: list[Path]) -> str:
+    """Of names and content."""
     digest = hashlib.sha256()
-    for path in [settings, *files]:
+    for path in files:
         with open(path, "rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from addax_ds.training.verify import Report, disagreements
 from tests.cli.commands import environment, free_port, run
 
-ITEMS = ("torch", "device", "noise, normal", "noise, rademacher", "weights", "batches", "step")
+ITEMS = ("torch", "device", "noise, normal", "noise, rademacher", "settings", "weights", "adapters", "batches", "step")
 SECONDS = 200
 
 
@@ -49,10 +49,38 @@ def test_a_rank_that_differs_is_named_with_its_node_and_items(tiny, tmp_path):
     done = launch(mpirun([str(tiny.run_file)], [str(tiny.run_file)], changed), tmp_path)
     assert done.returncode == 2
     node = socket.gethostname()
-    for item in ("weights", "batches", "step"):
+    for item in ("settings", "weights", "batches", "step"):
         assert f"rank 2 on {node}: {item} is " in done.stdout.replace("\n", " "), done.stdout
     assert f"rank 2 on {node}: torch" not in done.stdout
     assert "mend that before a job runs on it" in done.stderr
+
+
+def test_other_settings_and_other_adapters_are_a_difference(tiny, tmp_path):
+    words = [str(tiny.run_file), "adapter.kind=lora"]
+    for seed in (0, 1):
+        run("train", *words, "steps=1", f"seed={seed}", f"output=of-{seed}", cwd=tmp_path).check()
+    ranks = [[*words, f"adapter_weights=of-{seed}/adapter", f"steps={3 + seed}"] for seed in (0, 1)]
+    done = launch(mpirun(*ranks), tmp_path)
+    assert done.returncode == 2
+    node = socket.gethostname()
+    differing = [line for line in done.stdout.splitlines() if line.startswith("rank 1 on ")]
+    assert [line.split(" is ")[0] for line in differing] == [f"rank 1 on {node}: {x}" for x in ("settings", "adapters")]
+
+
+def test_a_rank_without_the_run_file_is_named(tiny, tmp_path):
+    done = launch(mpirun([str(tiny.run_file)], ["nowhere.yaml"]), tmp_path)
+    assert done.returncode == 2
+    told = f"rank 1 on {socket.gethostname()}: settings failed: UserError: nowhere.yaml: No such file or directory"
+    assert told in done.stderr and "2 ranks on 1 nodes" in done.stdout
+
+
+def test_a_rank_that_does_not_report_is_named_in_time(tiny, tmp_path):
+    os.mkfifo(tmp_path / "never.jsonl")
+    soon = [str(tiny.run_file), "timeout_minutes=0.1"]
+    done = launch(mpirun(soon, [*soon, "data=never.jsonl"], soon), tmp_path)
+    assert done.returncode == 2
+    assert f"addax-ds: rank 1 on {socket.gethostname()} did not report within 0.1 minutes: look at" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ranks_of_torchrun_use_its_store(tiny, tmp_path):
