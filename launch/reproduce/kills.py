@@ -53,6 +53,8 @@ def main(
     """Run once untouched and once under kills; status 1 where the final digests differ."""
     words = [str(run_file), *(settings or [])]
     untouched, killed = output / "untouched", output / "killed"
+    if untouched.exists() or killed.exists():
+        sys.exit(f"{output} holds runs already: give another --output, or remove it")
 
     def command(folder: Path) -> list[str]:
         return [*LAUNCHERS[launcher](ranks, kills + 1), TRAIN, *words, f"output={folder}"]

@@ -47,6 +47,8 @@ def main(
 
     Status 1 where a run fails, and where zeroth-order runs end with different digests.
     """
+    if (output / run_file.stem).exists():
+        sys.exit(f"{output / run_file.stem} holds runs already: give another --output, or remove it")
     table, digests = Table(title=str(run_file)), set()
     for column in ("engine", "ranks", "digest", "first loss", "last loss", "last g0", "metrics"):
         table.add_column(column)
@@ -58,7 +60,7 @@ def main(
             train(size, [str(run_file), *(settings or []), *ENGINES[engine], f"output={folder}"])
             table.add_row(engine, str(size), *described(folder))
             summary = json.loads((folder / "summary.json").read_text())
-            digests.add(summary["final_digest"] if summary["method"] == "mezo" else "")
+            digests.add(summary["final_digest"] if summary["method"] in ("mezo", "adazeta") else "")
     if not table.rows:
         sys.exit("hsdp needs an even number of ranks: give --ranks 2 or 4")
     Console(width=120).print(table)

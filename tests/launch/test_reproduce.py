@@ -38,6 +38,18 @@ def test_worlds_print_one_table_and_a_second_run_is_the_first_to_the_last_bit(ti
     assert set(rows) == {("hsdp", "2"), ("zero3", "1"), ("zero3", "2")}
     assert len({tuple(cells) for cells in rows.values()}) == 1
     assert rows == rows_of(second.stdout)
+    third = script("worlds.py", *words, "--output", tmp_path / "first", cwd=tmp_path)
+    assert third.returncode == 1
+    assert third.stderr == f"{tmp_path / 'first' / 'run'} holds runs already: give another --output, or remove it\n"
+
+
+def test_a_mixed_run_is_repeated_to_the_last_bit(tiny, tmp_path):
+    words = [tiny.run_file, "alpha=0.01", "save=false", "--ranks", 2, "--engines", "fsdp", "--engines", "zero3"]
+    first, second = (
+        script("worlds.py", *words, "--output", tmp_path / name, cwd=tmp_path) for name in ("first", "second")
+    )
+    assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
+    assert rows_of(first.stdout) == rows_of(second.stdout) and len(rows_of(first.stdout)) == 2
 
 
 @pytest.mark.timeout(600)  # five starts of two ranks each, with other tests on the same cores
