@@ -16,10 +16,12 @@ from addax_ds.errors import UserError
 from addax_ds.training.checkpoint import _sha256, complete
 from addax_ds.training.folder import JOURNAL
 from addax_ds.training.models import context_length, load_model, load_tokenizer
+from addax_ds.training.replay import audit
 from tests.cli.commands import run
 from tests.training.dying import Death
 
 Damage = Callable[[Path], None]
+NORM = "model.norm.weight"
 
 
 # -- ways to damage a file ----------------------------------------------------------------------
@@ -166,6 +168,26 @@ def test_a_damaged_manifest(killed, tmp_path, damage):
     result = resumed(killed, tmp_path, "checkpoints/step-*/manifest.json", {**ANY_FILE, **MANIFEST}[damage])
     is_one_clear_line(result)
     assert "step-000004" in result.error
+
+
+ODD_KINDS = {
+    f"{name}: {value}": manifest(lambda content, at=at, value=value: content["parameters"][NORM].__setitem__(at, value))
+    for at, name in enumerate(("number", "type"))
+    for value in ("nope", "nn", 5, "int64", -1, None, [1])
+    if (at, value) != (0, 5)
+}
+
+
+@pytest.mark.parametrize("damage", [*ANY_FILE, *MANIFEST, *ODD_KINDS])
+def test_a_damaged_manifest_is_one_line_for_an_audit(killed, tmp_path, damage):
+    shutil.copytree(killed[0], tmp_path / "out")
+    {**ANY_FILE, **MANIFEST, **ODD_KINDS}[damage](next((tmp_path / "out").glob("checkpoints/step-*/manifest.json")))
+    if damage == "a run without a journal":  # which an audit does not read
+        audit(tmp_path / "out")
+        return
+    with pytest.raises(UserError) as refused:
+        audit(tmp_path / "out")
+    assert "\n" not in str(refused.value) and "step" in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ANY_FILE)

@@ -1,5 +1,6 @@
 """A zeroth-order run is rebuilt from its journal bit for bit; any run is audited against it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import addax_ds
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
+from addax_ds.training.checkpoint import _sha256
 from addax_ds.training.journal import Journal, read_journal
 from addax_ds.training.replay import audit, replay
 from tests.cli.commands import run
@@ -84,6 +86,8 @@ def test_a_mixed_run_is_audited_and_not_rebuilt(mixed, tmp_path):
     [
         ("seed", 7, "step 3: the journal has seed 7"),
         ("lr", 0.2, "step 3: the journal has lr 0.2"),
+        ("lr", 10**400, "line 4 is damaged .*too large"),
+        ("g0", (10**400,), "line 4 is damaged .*too large"),
         ("g0", (1.5,), r"step 3: the journal has g0 \(1.5,\)"),
         ("zo", (0, 1, 2, 3, 4), "step 3: the journal has samples"),
     ],
@@ -102,6 +106,34 @@ def test_an_audit_names_what_disagrees(mixed, tmp_path, field, value, words):
     journal.close()
     with pytest.raises(UserError, match=words):
         audit(folder)
+
+
+def test_an_audit_holds_g0_against_the_losses(mixed, tmp_path):
+    """Metrics and journal of one mind, as a program that reckons wrongly would write them."""
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    entries = read_journal(folder / "journal.jsonl")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[2]["g0"] = [2 * g for g in lines[2]["g0"]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal = Journal(
+        folder / "journal.jsonl", {key: value for key, value in entries.header.items() if key != "journal"}
+    )
+    for record in entries.records:
+        journal.step(dataclasses.replace(record, g0=tuple(lines[record.step - 1]["g0"])))
+    journal.close()
+    with pytest.raises(UserError, match="step 3: the journal has difference of losses"):
+        audit(folder)
+
+
+def test_a_checkpoint_that_does_not_say_where_in_the_journal_is_refused(zeroth_order, tmp_path):
+    shutil.copytree(zeroth_order, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-000010" / "manifest.json"
+    content = {**json.loads(path.read_text()), "run": {}}
+    content["sha256"] = _sha256({key: value for key, value in content.items() if key != "sha256"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not hold the 10 steps of the checkpoint"):
+        replay(tmp_path / "run", 10, None, None)
 
 
 @pytest.mark.parametrize(
