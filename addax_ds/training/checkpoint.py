@@ -251,7 +251,9 @@ class Checkpoints:
             from_main(self._engine, lambda: self._set_aside(found[: len(complaints)]))
             return manifest, complaints
         if complaints:
-            raise UserError(f"{complaints[0]}, and no older one can be used: remove {self.folder} to start again")
+            raise UserError(
+                f"{complaints[0]}; no older one can be used: mend that, or remove {self.folder} to start again"
+            )
         return None, []
 
     def _set_aside(self, paths: list[str]) -> None:

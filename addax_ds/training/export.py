@@ -12,6 +12,7 @@ from addax_ds.config import RunConfig, TensorTrainConfig
 from addax_ds.core.skeleton import Absent, link_buffers
 from addax_ds.digest import digest_over
 from addax_ds.engines.base import Engine
+from addax_ds.errors import UserError
 from addax_ds.training.agreement import from_main
 
 
@@ -34,7 +35,12 @@ def export(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         # The skeleton is the model's own class with its configuration, without an engine's traces.
         skeleton: Any = engine.skeleton
         skeleton.save_pretrained(unfinished, state_dict=weights)
-        tokenizer.save_pretrained(unfinished)
+        try:
+            tokenizer.save_pretrained(unfinished)
+        except Exception as error:
+            if type(error) is Exception:  # all that the tokenizers' own language says of a full disk
+                raise UserError(f"{unfinished} cannot be written: {error}: mend that and start again") from None
+            raise
         shutil.rmtree(folder, ignore_errors=True)  # of this run too, ended before its summary was written
         os.replace(unfinished, folder)
 

@@ -43,11 +43,11 @@ _FREE = {
 
 
 def finished(config: RunConfig, pools: Partition) -> dict[str, Any] | None:
-    """The summary of a run that was complete when torchrun started its ranks again: nothing is left to do.
+    """The summary of a run that was complete when it was started again: nothing is left to do.
 
     Raises `UserError` where the folder holds a run of other settings.
     """
-    if config.output is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    if config.output is None:
         return None
     folder = Path(config.output)
     if not (folder / SUMMARY).exists():

@@ -5,7 +5,8 @@ RUN/journal.jsonl begins with a header, an object. Each step is an array
     [step, seed, g0 of each direction or null where the step was skipped, lr, zeroth-order samples, first-order
      samples, digest]
 
-and what happens between steps (a checkpoint, the resumption of a run) is an object. Samples are
+and what happens between steps (a checkpoint, the resumption of a run) is an object. A run that goes on
+without its journal begins another one; "after" in its header are the steps taken by then. Samples are
 numbers of training samples, written as digits of base 64. Every line ends in a digest of itself and
 of the digest before it, so that no line can be changed, lost or moved unnoticed.
 """
@@ -24,6 +25,7 @@ from addax_ds.errors import UserError
 from addax_ds.training.folder import JOURNAL
 
 FORMAT = 2
+WITHOUT = "remove it to go on from the newest checkpoint, without a record of the steps before"
 _DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 _DIGEST = 6  # digits of base 64: 36 bits
 
@@ -48,6 +50,8 @@ class Entries:
     """What a journal holds."""
 
     header: dict[str, Any]
+    first: int
+    """Steps taken before it was begun."""
     records: list[Record]
     events: list[dict[str, Any]]
     """Objects after the header, each with the number of steps taken before it in "after"."""
@@ -56,6 +60,26 @@ class Entries:
     damage: str
     """What is wrong with the line after the last of these; empty where nothing is."""
 
+    @property
+    def steps(self) -> int:
+        """Steps taken by its end."""
+        return self.first + len(self.records)
+
+    def between(self, start: int, stop: int) -> list[Record]:
+        """The steps after the first `start`, up to the first `stop`."""
+        return self.records[start - self.first : stop - self.first]
+
+    def line_of(self, steps: int, digest: str, weights: str) -> str:
+        """Digest of the line that a checkpoint of these weights was saved at; `UserError` where it is not there.
+
+        digest: of the line, as the checkpoint notes it. A journal that was begun with the checkpoint does
+        not hold that one.
+        """
+        if steps == self.first and weights == self.header["weights"]:
+            return self.ends[0][2]
+        self.position(steps, digest)
+        return digest
+
     def position(self, steps: int, digest: str) -> int:
         """End in bytes of the line with this digest, after the first `steps` steps."""
         for after, end, line in self.ends:
@@ -63,8 +87,7 @@ class Entries:
                 return end
         raise UserError(
             self.damage
-            or f"{JOURNAL} does not hold the {steps} steps of the checkpoint: put back the journal that was "
-            "written with it, or start again in another folder"
+            or f"{JOURNAL} does not hold the {steps} steps of the checkpoint: put back the right one, or {WITHOUT}"
         )
 
 
@@ -141,23 +164,23 @@ def read_journal(path: Path, to_go_on: bool = False) -> Entries:
             if header is None:
                 header = _checked_header(body, path)
             elif isinstance(body, dict):
-                events.append({**body, "after": len(records)})
+                events.append({**body, "after": header["after"] + len(records)})
             else:
                 records.append(_record(body, int(header["train_samples"])))
-                if records[-1].step != len(records):
-                    raise ValueError(f"step {records[-1].step} follows step {len(records) - 1}")
+                if records[-1].step != header["after"] + len(records):
+                    raise ValueError(f"step {records[-1].step} follows step {header['after'] + len(records) - 1}")
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            damage = f"{path}: line {number} is damaged ({error}): restore the file"
+            damage = f"{path}: line {number} is damaged ({error}): restore the file, or {WITHOUT}"
             if header is None or not to_go_on:
                 raise UserError(damage) from None
             break
         digest, end = written, end + len(line)
-        ends.append((len(records), end, digest))
+        ends.append((header["after"] + len(records), end, digest))
     if header is None:
-        raise UserError(f"{path} is empty: give the folder of a run that has begun")
-    return Entries(header, records, events, ends, damage)
+        raise UserError(f"{path} is empty: restore it, or {WITHOUT}")
+    return Entries(header, header["after"], records, events, ends, damage)
 
 
 def _checked_header(body: Any, path: Path) -> dict[str, Any]:
@@ -167,6 +190,8 @@ def _checked_header(body: Any, path: Path) -> dict[str, Any]:
         raise ValueError("train_samples is no number of samples")
     if not isinstance(body.get("weights"), str):
         raise ValueError("weights is no digest")
+    if type(body.setdefault("after", 0)) is not int or body["after"] < 0:
+        raise ValueError("after is no number of steps")
     return body
 
 

@@ -57,23 +57,25 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
     if output is not None and output.exists():
         raise UserError(f"{output} is there already: choose another folder")
     saved = {int(path.name.removeprefix("step-")): path for path in complete(folder / CHECKPOINTS)}
-    start = min(saved, default=0) if start is None else start
-    stop = len(entries.records) if stop is None else stop
+    start = min((step for step in saved if step >= entries.first), default=0) if start is None else start
+    stop = entries.steps if stop is None else stop
     if start and start not in saved:
         there = ", ".join(map(str, sorted(saved))) or "none"
         raise UserError(f"{folder} has no checkpoint of step {start}, only {there}: give one of them, or 0")
-    if not start <= stop <= len(entries.records):
-        raise UserError(f"the journal holds {len(entries.records)} steps: give a last step from {start} to that")
+    if start < entries.first:
+        raise UserError(f"the journal begins after step {entries.first}: give a checkpoint from there on")
+    if not start <= stop <= entries.steps:
+        raise UserError(f"the journal ends with step {entries.steps}: give a last step from {start} to that")
     location = locate_model(config.model)
     model = load_model(location, config).to("cuda" if torch.cuda.is_available() else "cpu")
     # One process has no shards to move; the bits are the same.
     optimizer = Addax(model, **{**hyperparameters(config), "perturb": "gathered"})
     if start:
         manifest = Checkpoints(folder / CHECKPOINTS, optimizer.engine, len(saved)).load(saved[start])
-        entries.position(start, str(manifest.run.get("journal")))
+        entries.line_of(start, str(manifest.run.get("journal")), manifest.digest)
     elif weights_digest(optimizer.engine) != entries.header["weights"]:
         raise UserError(f"model {config.model} is not the one that the run began with: restore it")
-    repeated = entries.records[start:stop]
+    repeated = entries.between(start, stop)
     optimizer.replay([(record.seed, record.g0 or (), record.lr) for record in repeated], config.zo_sizes)
     digest = weights_digest(optimizer.engine)
     noted = digests_of(entries).get(stop)
@@ -124,10 +126,11 @@ def audit(folder: Path) -> tuple[dict[str, int], list[str]]:
             if record.g0 and measured["loss_zo"]:
                 plus, minus = (measured["loss_zo"][side] for side in ("plus", "minus"))
                 agree("difference of losses", step, list(record.g0), projected_gradients(plus, minus, config.eps))
-    noted, taken = digests_of(entries), len(entries.records)
+    noted, taken = digests_of(entries), entries.steps
     for path in complete(folder / CHECKPOINTS):
         manifest = audited(path)
-        agree("weights", manifest.step, noted.get(manifest.step), manifest.digest)
+        if manifest.step >= entries.first:
+            agree("weights", manifest.step, noted.get(manifest.step), manifest.digest)
     if final_digest is not None:
         agree("weights", taken, noted.get(taken), final_digest)
     return dict(agreed), absent
@@ -136,7 +139,7 @@ def audit(folder: Path) -> tuple[dict[str, int], list[str]]:
 def digests_of(entries: Entries) -> dict[int, str]:
     """The digests of weights that a run has noted, by the steps taken."""
     noted = {event["after"]: event["weights"] for event in entries.events if "weights" in event}
-    return {0: entries.header["weights"], **noted}
+    return {entries.first: entries.header["weights"], **noted}
 
 
 def _pools(folder: Path, config: RunConfig, entries: Entries) -> Partition:

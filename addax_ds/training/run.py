@@ -112,7 +112,10 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     pools = partition([example.length for example in prepared.train], config.lt)
     check_pools(pools, config.k0, config.k1, config.alpha)
     if summary := finished(config, pools):
-        return summary if os.environ["RANK"] == "0" else None
+        if os.environ["RANK"] != "0":
+            return None
+        print(f"the run in {summary['folder']} is finished: nothing is left to do")
+        return summary
     resuming = can_resume(config, pools)
     with joined(config.timeout_minutes) as world, requests() as request:
         return _train(config, prepared, pools, world, resuming, request, started)
@@ -190,6 +193,7 @@ def _train(
         state.end_early()
     say(f"after: {metric} {after[metric]:.3f}")
     digest = weights_digest(engine)
+    state.prepare_export(request)
     state.end(digest)
     if config.save:
         target = folder / ("model" if config.adapter is None else "adapter")

@@ -21,6 +21,7 @@ from addax_ds.training.finite import check_model, check_result, not_finite
 from addax_ds.training.folder import CHECKPOINTS, JOURNAL, versions
 from addax_ds.training.journal import Entries, Journal, Record, is_begun, read_journal
 from addax_ds.training.metrics import METRICS, MetricsWriter, read_metrics
+from addax_ds.training.preemption import Request
 
 if TYPE_CHECKING:
     from addax_ds.engines.deepspeed_plugin import DeepSpeedAddax
@@ -72,7 +73,9 @@ class RunState:
         """Steps that the weights have taken."""
         self.before: dict[str, float] | None = loaded.run["before"] if loaded else None
         """Scores before the first step, where an earlier process has measured them."""
-        self._line: str | None = loaded.run["journal"] if loaded else None  # digest of that step's line
+        self._line: str | None = None  # digest of that step's line
+        if loaded is not None and self._entries is not None:
+            self._line = self._entries.line_of(loaded.step, loaded.run["journal"], loaded.digest)
         self._saved = self.steps  # step of the newest checkpoint
         self._spoilt_in_row = 0
         self._score: Callable[[], dict[str, float]]
@@ -83,19 +86,23 @@ class RunState:
 
     def _read_journal(self) -> Entries | None:
         path = self._folder / JOURNAL
-        # Without a checkpoint nothing is lost where its first line was never written.
-        if not is_begun(path) and not complete(self._folder / CHECKPOINTS):
+        # Without a checkpoint nothing is lost where its first line was never written; whoever has removed
+        # it goes on from the newest checkpoint.
+        if not path.exists() or not (is_begun(path) or complete(self._folder / CHECKPOINTS)):
             return None
         return read_journal(path, to_go_on=True)
 
     def _check(self, manifest: Manifest) -> None:
         """Raises `UnusableError` where a checkpoint does not belong to the run and its journal."""
-        if self._entries is None or not manifest.run.keys() >= {"before", "journal"}:
+        if not manifest.run.keys() >= {"before", "journal"}:
             raise UnusableError(
                 f"checkpoint step-{manifest.step:06d} in {self._folder} was not saved by its run: remove it"
             )
         try:
-            self._entries.position(manifest.step, str(manifest.run["journal"]))
+            if self._entries is None:
+                check_header(manifest.run, self._header)
+            else:
+                self._entries.line_of(manifest.step, str(manifest.run["journal"]), manifest.digest)
         except UserError as error:
             raise UnusableError(str(error)) from None
 
@@ -109,6 +116,8 @@ class RunState:
         self.before, self._score = before, score
         entries, digest = self._entries, weights_digest(self._engine)
         if entries is not None:
+            if self._line is None and entries.first:
+                raise UserError(f"{JOURNAL} begins after step {entries.first}, and there is no checkpoint: restore one")
             if self._line is None and entries.header["weights"] != digest:
                 raise UserError(f"{self._folder} was begun with another model {self._config.model}: restore it")
             self._line = self._line or entries.ends[0][2]
@@ -125,7 +134,8 @@ class RunState:
                 self._say(f"{kept}: the others were damaged or lost, and stand in {JOURNAL} alone")
             path = self._folder / JOURNAL
             if entries is None:
-                self._journal = Journal(path, {**self._header, "weights": digest, "versions": versions()})
+                taken = {"after": self.steps} if self.steps else {}
+                self._journal = Journal(path, {**self._header, **taken, "weights": digest, "versions": versions()})
             else:
                 self._journal = Journal.resume(path, entries, self.steps, str(self._line))
             if self._resuming:
@@ -162,7 +172,7 @@ class RunState:
 
     def _catch_up(self, entries: Entries) -> None:
         """Repeat the steps that the journal holds beyond the weights."""
-        missing = entries.records[self.steps : self._config.steps]
+        missing = entries.between(self.steps, self._config.steps)
         steps = [(record.seed, record.g0 or (), record.lr) for record in missing]
         self._optimizer.replay(steps, self._config.zo_sizes)
         self.steps += len(missing)
@@ -198,7 +208,7 @@ class RunState:
         g0 = None if metrics["skipped"] else tuple(metrics["g0"])
         self._write(metrics, Record(self.steps, metrics["seed"], g0, metrics["lr"], *map(tuple, samples)))
         every = self._config.checkpoint_every
-        due = every and self.steps % every == 0 and self.steps < self._config.steps
+        due = every and (self.steps % every == 0 or self.steps == self._config.steps)
         if asked:
             self.end_early()
         # What is saved amid spoilt steps pushes nothing out, so it is saved only where it has to be.
@@ -263,6 +273,13 @@ class RunState:
         """Have the last save end; raises `UserError` where the steps have left weights that are not finite."""
         self._checkpoints.wait()
         check_result(self._engine, self.steps)
+
+    def prepare_export(self, request: Request) -> None:
+        """Raises `PreemptedError`, once saved, where any rank was asked to end; later only where nothing is lost."""
+        if self._engine.sum(torch.tensor([float(request.received)])).item():
+            self.end_early()
+        if self._saved == self.steps:
+            request.obey()
 
     def end(self, digest: str) -> None:
         """The weights after the last step have this digest."""

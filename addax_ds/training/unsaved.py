@@ -13,6 +13,7 @@ from addax_ds.training.evaluation import EvaluationStoppedError
 from addax_ds.training.finite import check_model, check_result
 from addax_ds.training.metrics import MetricsWriter
 from addax_ds.training.models import Optimizer
+from addax_ds.training.preemption import Request
 
 
 class UnsavedState:
@@ -74,6 +75,9 @@ class UnsavedState:
     def steps_are_taken(self) -> None:
         """Raises `UserError` where the steps have left weights that are not finite."""
         check_result(self._engine, self.steps)
+
+    def prepare_export(self, request: Request) -> None:
+        """Whoever is asked to end from here on finishes: the export is all that is left of the run."""
 
     def end(self, digest: str) -> None:
         """Nothing follows."""

@@ -98,10 +98,16 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
     # torch 2.13 warns of the collectives' new names, which torch 2.11 does not have.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store when it starts ranks again, with the addresses of those that have died.
-    attempt = dist.PrefixStore(f"addax_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store when it starts ranks again, with the addresses of those that have died.
+        attempt = dist.PrefixStore(f"addax_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as error:
+        raise RankLostError(
+            f"rank {rank}: the {size} ranks did not all join within {timeout_minutes:g} minutes "
+            f"({' '.join(str(error).split())[:120]}): look at the others and their nodes"
+        ) from error
     try:
         yield World(rank, local_rank, size, device)
         # A rank that leaves early takes its sockets from collectives still under way.

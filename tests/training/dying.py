@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+# And in the middle of what follows the last step: "export".
 PLACES = ("probe", "backward", "journal", "staging", "shard", "manifest", "name", "latest", "pruning")
 """In a zeroth-order forward; half-way through the writes of a backward; with half a line of the journal
 written; and in each phase of a save."""
@@ -86,6 +87,11 @@ class Death:
         from addax_ds.training import run
 
         self._die_in(run, "evaluate", self.time)
+
+    def _in_export(self) -> None:
+        from addax_ds.training import export
+
+        self._die_in(export, "link_buffers", self.time)
 
     def _in_staging(self) -> None:
         from addax_ds.training import checkpoint

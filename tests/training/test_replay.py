@@ -19,11 +19,11 @@ from tests.cli.commands import run
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def zeroth_order(request, tiny, tmp_path_factory):
-    """A run of 20 steps on 2 ranks under FSDP2, with checkpoints after 10 and 15."""
+    """A run of 20 steps on 2 ranks under FSDP2, with checkpoints after 10, 15 and 20."""
     cwd = tmp_path_factory.mktemp("zeroth_order")
     settings = ["alpha=1", "lr=0.01", "queries=2", "weight_decay=0.1", "schedule=cosine", "warmup_steps=3"]
     settings += ["steps=20", "checkpoint_every=5", "save=false", "engine=fsdp", f"dtype={request.param}"]
-    settings += ["perturb=shard"]
+    settings += ["perturb=shard", "checkpoints_kept=3"]
     run("train", tiny.run_file, "output=out", *settings, cwd=cwd, ranks=2).check()
     return cwd / "out"
 
@@ -51,7 +51,7 @@ def test_weights_are_rebuilt_from_any_checkpoint_without_data(zeroth_order, tiny
     assert halfway.noted and halfway.digest != found.digest
     assert not replay(folder, 0, 13, None).noted
     lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    assert replay(folder, 15, 20, None).journal_bytes == sum(map(len, lines[-7:-1]))  # an event, five steps; the end
+    assert replay(folder, 15, 20, None).journal_bytes == sum(map(len, lines[-8:-2]))  # an event, five steps; two more
 
 
 def test_the_command_says_what_it_did_and_writes_the_model(zeroth_order, tmp_path):
@@ -184,9 +184,9 @@ def test_an_audit_notices_other_weights_and_other_noise(mixed, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("start", "stop", "words"),
     [
-        (5, None, "has no checkpoint of step 5, only 10, 15"),
+        (5, None, "has no checkpoint of step 5, only 10, 15, 20"),
         (15, 12, "give a last step from 15"),
-        (0, 21, "holds 20 steps"),
+        (0, 21, "ends with step 20"),
     ],
 )
 def test_steps_that_are_not_there_are_refused(zeroth_order, start, stop, words):

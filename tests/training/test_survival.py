@@ -1,5 +1,6 @@
 """Killed at any instant and started again, a run ends with the weights of one that was never touched."""
 
+import contextlib
 import errno
 import importlib.metadata
 import itertools
@@ -8,6 +9,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -174,7 +177,7 @@ def test_a_checkpoint_that_is_refused_is_told(tiny, untied, tmp_path):
     done = run(*words, cwd=tmp_path, before=Overflow(3))
     assert done.status == 2
     told = "no checkpoint of step {}: model.embed_tokens.weight has weights that are not finite"
-    assert [step for step in range(1, 9) if told.format(step) in done.output] == [4, 6]
+    assert [step for step in range(1, 9) if told.format(step) in done.output] == [4, 6, 8]
     assert [path.name for path in complete(tmp_path / "out" / "checkpoints")] == ["step-000002"]
 
 
@@ -377,8 +380,118 @@ def test_a_checkpoint_tells_the_settings_of_its_run(untouched):
 
 def test_a_finished_run_is_left_alone(untouched, tiny):
     folder = untouched("replicated")
-    refused = run("train", tiny.run_file, f"output={folder}", *STEPS, cwd=folder)
-    assert refused.status == 2 and "holds a finished run" in refused.error
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "report" not in path.name}
+    words = ["train", tiny.run_file, f"output={folder}", *STEPS]
+    done = run(*words, cwd=folder, ranks=2).check()
+    assert "is finished: nothing is left to do" in done.output
+    assert summary(folder)["final_digest"][:12] in done.output
+    refused = run(*words, "seed=5", cwd=folder)
+    assert refused.status == 2 and "with seed 0, and this one has 5" in refused.error
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize(
+    ("number", "every"), [(signal.SIGKILL, 2), (signal.SIGTERM, 2), (signal.SIGTERM, 5), (signal.SIGTERM, 0)]
+)
+def test_ended_while_the_model_is_exported_a_run_loses_nothing(untouched, tiny, tmp_path, number, every):
+    words = ["train", tiny.run_file, "output=out", *STEPS, "save=true", f"checkpoint_every={every}"]
+    ended = run(*words, cwd=tmp_path, ranks=2, before=Death("export", 0, 0, number))
+    if every:
+        assert ended.statuses == [-number, 1], ended.errors
+        assert not (tmp_path / "out" / "model").exists()
+        assert "going on after step 8" in run(*words, cwd=tmp_path, ranks=2).check().output
+    else:  # nothing is saved but by the export itself, which is finished
+        assert ended.statuses == [0, 0], ended.errors
+    assert (tmp_path / "out" / "model").is_dir()
+    assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
+
+
+def test_a_run_goes_on_without_its_journal(untouched, tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS]
+    run(*words, cwd=tmp_path, ranks=2, before=Death("journal", 0, 6))
+    journal = tmp_path / "out" / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:2]))
+    refused = run(*words, cwd=tmp_path, ranks=2)
+    assert refused.statuses == [2, 2]
+    assert "remove it to go on from the newest checkpoint" in refused.error
+    journal.unlink()
+    again = run(*words, cwd=tmp_path, ranks=2, before=Death("probe", 1, 1))  # before it has saved anything
+    assert "going on after step 4" in again.output
+    done = run(*words, cwd=tmp_path, ranks=2).check()
+    assert "going on after step 4" in done.output
+    assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
+    assert [record.step for record in read_journal(journal).records] == [5, 6, 7, 8]
+    assert "4 of seed" in run("replay", "out", cwd=tmp_path).check().output
+
+
+def test_a_zeroth_order_run_is_rebuilt_from_where_its_second_journal_begins(tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS, "alpha=1", "lr=0.01"]
+    run(*words, cwd=tmp_path, before=Death("journal", 0, 6))
+    (tmp_path / "out" / "journal.jsonl").unlink()
+    run(*words, "checkpoints_kept=9", cwd=tmp_path).check()
+    rebuilt = run("replay", "out", cwd=tmp_path).check()
+    assert "rebuilt: steps 5 to 8" in rebuilt.output and "that of the run" in rebuilt.output
+    refused = run("replay", "out", "--start", 2, cwd=tmp_path)
+    assert refused.status == 2 and "the journal begins after step 4" in refused.error
+    journal = (tmp_path / "out" / "journal.jsonl").read_bytes()
+    (tmp_path / "out" / "summary.json").unlink()
+    for path in complete(tmp_path / "out" / "checkpoints"):
+        shutil.rmtree(path)
+    refused = run(*words, cwd=tmp_path)
+    assert refused.status == 2 and "begins after step 4, and there is no checkpoint: restore one" in refused.error
+    assert (tmp_path / "out" / "journal.jsonl").read_bytes() == journal
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system of a given size")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.8, 0.88, 0.92, 0.94, 0.96, 0.98])
+def test_a_disk_that_is_full_is_one_line_and_nothing_is_lost(untouched, tiny, tmp_path, share):
+    words = ["train", tiny.run_file, "output=disk/out", *STEPS, "save=true"]
+    run("train", tiny.run_file, "output=whole", *STEPS, "save=true", cwd=tmp_path, ranks=2).check()
+    size = sum(path.stat().st_blocks * 512 for path in (tmp_path / "whole").rglob("*"))
+    with small_disk(tmp_path / "disk", int(size * share)):
+        full = run(*words, cwd=tmp_path, ranks=2)
+        assert set(full.statuses) <= {0, 2} and "Traceback" not in "".join(full.errors), full.errors
+        assert full.status == 0 or any("No space left" in error for error in full.errors), full.errors
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        run(*words, cwd=tmp_path, ranks=2).check()
+        assert summary(tmp_path / "disk" / "out")["final_digest"] == summary(tmp_path / "whole")["final_digest"]
+
+
+@pytest.mark.parametrize("file", ["", "out"])
+def test_a_read_only_disk_is_one_line(tiny, tmp_path, file):
+    words = ["train", tiny.run_file, "output=disk/out", *STEPS, "save=true"]
+    with small_disk(tmp_path / "disk", "64m"):
+        if file:
+            run(*words, cwd=tmp_path, before=Death("journal", 0, 5))
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        refused = run(*words, cwd=tmp_path, ranks=2)
+        assert refused.statuses == [2, 2] and "Read-only file system" in refused.error
+        assert "Traceback" not in "".join(refused.errors)
+
+
+def test_ranks_that_do_not_join_end_the_others_with_a_cause(tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS, "engine=fsdp", "timeout_minutes=0.1"]
+    result = run(*words, cwd=tmp_path, ranks=2, before=NeverJoins(), seconds=60, until=0)
+    assert result.status == 1, result.error
+    assert "the 2 ranks did not all join within 0.1 minutes" in result.error and "Traceback" not in result.error
+
+
+@dataclass(frozen=True)
+class NeverJoins:
+    def __call__(self) -> None:
+        if os.environ["RANK"] == "1":
+            time.sleep(600)
 
 
 def test_more_steps_may_be_asked_of_an_unfinished_run(tiny, tmp_path):
