@@ -84,7 +84,8 @@ class RunConfig(AddaxConfig):
     save: bool = True
     """Write the fine-tuned model to OUTPUT/model."""
     checkpoint_every: int = 100
-    """Steps between checkpoints, written to OUTPUT/checkpoints beside the steps that follow; 0 writes none."""
+    """Steps between checkpoints, written to OUTPUT/checkpoints beside the steps that follow, with one of the last
+    step; 0 writes none."""
     checkpoints_kept: int = 2
     """How many of the newest checkpoints remain."""
     max_skipped: int = 10

@@ -303,12 +303,14 @@ def test_a_zeroth_order_run_goes_on_elsewhere_with_the_same_bits(untouched, tiny
 
 
 def test_a_mixed_run_goes_on_elsewhere_within_rounding(untouched, tiny, tmp_path):
-    words = ["train", tiny.run_file, "output=out", *STEPS]
-    run(*words, *ENGINES["zero3"], cwd=tmp_path, ranks=2, before=Death("backward", 1, 5))
-    run(*words, *ENGINES["fsdp"], cwd=tmp_path, ranks=3).check()
-    expected, got = (read_metrics(folder) for folder in (untouched("zero3"), tmp_path / "out"))
-    for before, after in zip(expected, got, strict=True):
-        assert after["loss_fo"] == pytest.approx(before["loss_fo"], rel=1e-5)
+    longer = ("steps=200", "checkpoint_every=20")
+    words = ["train", tiny.run_file, "output=out", *STEPS, *longer]
+    run(*words, *ENGINES["zero3"], cwd=tmp_path, ranks=2, before=Death("backward", 1, 45))
+    run(*words, *ENGINES["fsdp"], cwd=tmp_path, ranks=3, before=Death("backward", 1, 45))
+    run(*words, cwd=tmp_path).check()
+    expected, got = (read_metrics(folder) for folder in (untouched("zero3", *longer), tmp_path / "out"))
+    worst = max(abs(b["loss_fo"] - a["loss_fo"]) for b, a in zip(expected, got, strict=True))
+    assert 0 < worst < 1e-5 * expected[0]["loss_fo"]
 
 
 @pytest.mark.parametrize("written", [b"", b'{"journal":2,"tra'])
