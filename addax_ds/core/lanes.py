@@ -17,6 +17,7 @@ import numbers
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -217,6 +218,12 @@ class _Copies:
     """By parameter name: of what is looked up in it."""
 
 
+def _pairs(weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two uninitialised tensors like each weight."""
+    like = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return [(like(weight), like(weight)) for weight in weights]
+
+
 class Lanes:
     """The guests of one model; their threads and skeletons are kept between steps."""
 
@@ -247,6 +254,16 @@ class Lanes:
         }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
         self._copies = _Copies()  # of the module and direction at hand
+        self._light_copies: dict[tuple[str, int], _Copies] = {}  # of light modules that are gathered
+        copied = (
+            sum(
+                weight.numel()
+                for local, weight in module._parameters.items()
+                if weight is not None and not is_made_where_read(module, local, weight, path in self._in_blocks)
+            )
+            for path, module, _ in owned_weights(skeleton)
+        )
+        self._light = max(copied, default=0) // 64  # elements, little beside the copies of the largest module
         self._scratch = Scratch()
         self._orders: dict[str, list[str]] = {}  # what drives of a name gather, module by module, once known
 
@@ -271,13 +288,17 @@ class Lanes:
         """Run the guests until each is done or waits for a weight that is not gathered.
 
         The guest that waits for the copies at hand goes first, then the one that is furthest
-        behind: so all guests take a module together and its noise is drawn once a direction.
+        behind: so all guests take a module together and its noise is drawn once a direction. A guest
+        that waits amid a block holds more than a hidden state, and no guest waits for a light module:
+        its copies are kept for all.
         """
         while ready := [guest for guest in self._running if self._is_ready(guest)]:
             guest = min(ready, key=lambda guest: (guest.asks_for() != self._copies.of, guest.visited))
             guest.resume()
+            while guest.parked and self._is_light(guest.owners) and self._is_ready(guest):
+                guest.resume()
             self._collect()
-        self._copies = _Copies()
+        self._drop_copies()
 
     def drive(self, alike: str = "") -> None:
         """Finish the guests by gathering what they ask for, unit by unit (collectives).
@@ -376,7 +397,7 @@ class Lanes:
                 guest.stop()
         self._idle += self._running
         self._running, self._jobs = [], []
-        self._copies = _Copies()
+        self._drop_copies()
         self._scratch.release()
 
     def close(self) -> None:
@@ -389,12 +410,22 @@ class Lanes:
     def _is_ready(self, guest: _Guest) -> bool:
         return all(self._weights.is_gathered(owner.path) for owner in guest.owners)
 
+    def _is_light(self, owners: list[Owner]) -> bool:
+        """Whether few of the weights of these modules move, or none."""
+        moving = (
+            owner.module._parameters[local]
+            for owner in owners
+            for local, name in owner.owned.items()
+            if self._weights.trainable(name)
+        )
+        return sum(weight.numel() for weight in moving if weight is not None) <= self._light
+
     def _collect(self) -> None:
         """Retire guests that are done, or have failed."""
         self._idle += [guest for guest in self._running if not guest.parked]
         self._running = [guest for guest in self._running if guest.parked]
         if not self._running:
-            self._copies = _Copies()
+            self._drop_copies()
             self._scratch.release()
 
     def _fetch(self, point: Perturbation, path: str, owners: list[Owner]) -> list[dict[str, torch.Tensor]]:
@@ -402,8 +433,7 @@ class Lanes:
 
         path: of the module that is entered, which holds those of all owners together.
         """
-        if point.sign:
-            self._take_up(path, point.query)
+        copies = self._copies_of((path, point.query), self._is_light(owners)) if point.sign else _Copies()
         fetched: list[dict[str, torch.Tensor]] = []
         moving: list[tuple[dict[str, torch.Tensor], str, str]] = []
         for owner in owners:
@@ -413,9 +443,9 @@ class Lanes:
                 weight = weights[local]
                 moves = point.sign != 0 and self._weights.trainable(name)
                 if is_made_where_read(owner.module, local, weight, owner.path in self._in_blocks):
-                    if moves and name not in self._copies.rows:
-                        self._copies.rows[name] = Rows(weight, name, point)
-                    rows = self._copies.rows[name] if moves else None
+                    if moves and name not in copies.rows:
+                        copies.rows[name] = Rows(weight, name, point)
+                    rows = copies.rows[name] if moves else None
                     weights[local] = Moved(weight, name, point if moves else Perturbation(), rows)
                 elif moves:
                     moving.append((weights, local, name))
@@ -425,24 +455,28 @@ class Lanes:
                     weights[local] = aligned(weight)
             fetched.append(weights)
         if moving:
-            if not self._copies.pairs:
-                self._make_copies(point, {name: weights[local] for weights, local, name in moving})
+            if not copies.pairs:
+                still = {name: weights[local] for weights, local, name in moving}
+                pairs = self._scratch.pairs([*still.values()]) if copies is self._copies else _pairs([*still.values()])
+                for (name, weight), (plus, minus) in zip(still.items(), pairs, strict=True):
+                    perturb(weight, 0, plus, minus, name, point)
+                copies.pairs = dict(zip(still, pairs, strict=True))
             for weights, local, name in moving:
-                weights[local] = self._copies.pairs[name][point.sign < 0]
+                weights[local] = copies.pairs[name][point.sign < 0]
         return fetched
 
-    def _take_up(self, path: str, query: int) -> None:
-        """Drop the copies of another module or direction."""
-        if (path, query) != self._copies.of:
-            self._copies = _Copies((path, query))
+    def _copies_of(self, of: tuple[str, int], light: bool) -> "_Copies":
+        """What has been made of a module and direction; unless it is light, others' copies are dropped."""
+        if light:
+            return self._light_copies.setdefault(of, _Copies(of))
+        if of != self._copies.of:
+            self._copies = _Copies(of)
             if any(guest.open for guest in self._running):
                 self._scratch.release()  # a module that calls this one still needs its copies
+        return self._copies
 
-    def _make_copies(self, point: Perturbation, weights: dict[str, torch.Tensor]) -> None:
-        pairs = self._scratch.pairs(list(weights.values()))
-        for (name, weight), (plus, minus) in zip(weights.items(), pairs, strict=True):
-            perturb(weight, 0, plus, minus, name, point)
-        self._copies.pairs = dict(zip(weights, pairs, strict=True))
+    def _drop_copies(self) -> None:
+        self._copies, self._light_copies = _Copies(), {}
 
     def _left(self, output: Any) -> Any:
         """What a module returned, made to outlive the module's weights."""

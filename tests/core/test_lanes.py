@@ -211,6 +211,63 @@ def test_noise_is_drawn_once_per_module_and_direction(model, lanes, monkeypatch)
     assert sorted(drawn) == sorted((name, query) for name, _ in model.named_parameters() for query in range(2))
 
 
+class Normed(nn.Module):
+    """Blocks with a light module before two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 120), nn.Linear(120, 6)) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("backbone", ["trained", "frozen"])
+def test_no_guest_waits_for_a_light_module_whose_noise_is_drawn_once_all_the_same(monkeypatch, backbone):
+    torch.manual_seed(1)
+    model = Normed()
+    light = {name for name, p in model.named_parameters() if ".0." in name[len("blocks.0") :]}
+    frozen = tuple(name for name, _ in model.named_parameters() if backbone == "frozen" and name not in light)
+    entered, drawn = [], []
+
+    def noting(lanes, point, path, owners):
+        entered.append((path, point.sign, point.query))
+        return fetch(lanes, point, path, owners)
+
+    def counting(weight, start, plus, minus, name, point):
+        drawn.append((name, point.query))
+        perturb(weight, start, plus, minus, name, point)
+
+    fetch, perturb = Lanes._fetch, lanes_module.perturb
+    monkeypatch.setattr(Lanes, "_fetch", noting)
+    monkeypatch.setattr(lanes_module, "perturb", counting)
+    lanes = Lanes(model, strip(model), OneUnitAtATime(model, frozen))
+    jobs = [Job(lambda m: m(X), point) for point in points(queries=2, repeats=2)]
+    lanes.run(jobs)
+    raise_first(jobs)
+    for job in jobs:
+        point = job.perturbation
+        weights = {
+            name: p
+            if name in frozen
+            else p + point.sign * EPS * noise(3, name, 0, p.numel(), query=point.query).view_as(p)
+            for name, p in model.named_parameters()
+        }
+        with torch.no_grad():
+            expected = torch.func.functional_call(model, weights, (X,))
+        torch.testing.assert_close(job.result, expected, rtol=1e-5, atol=1e-6)
+    moving = [name for name, _ in model.named_parameters() if name not in frozen]
+    assert sorted(drawn) == sorted((name, query) for name in moving for query in range(2))
+    guests = [[path for path, *_ in entered[first : first + 3]] for first in range(0, len(entered), 3)]
+    in_one_go = [["blocks.0.0", "blocks.0.1", "blocks.0.2"]] * 8 + [["blocks.1.0", "blocks.1.1", "blocks.1.2"]] * 8
+    assert (guests == in_one_go) == (backbone == "frozen")
+    lanes.close()
+
+
 def test_only_one_modules_copies_are_alive(model, lanes, monkeypatch):
     blocks: list[weakref.ref] = []
     most = 0
