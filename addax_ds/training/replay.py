@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from addax_ds.config import RunConfig, load_run
+from addax_ds.core.directions import Directions
 from addax_ds.core.noise import step_seed
 from addax_ds.core.scalars import projected_gradients
 from addax_ds.data.partition import Partition, check_pools, partition
@@ -20,7 +21,7 @@ from addax_ds.training.folder import CHECKPOINTS, CONFIG, JOURNAL, LENGTHS, SUMM
 from addax_ds.training.journal import Entries, read_journal
 from addax_ds.training.metrics import METRICS, Lengths, Step, Summary, check_kind, read_json, read_metrics
 from addax_ds.training.models import hyperparameters, load_model, load_tokenizer, locate_model
-from addax_ds.training.run import learning_rate, step_samples
+from addax_ds.training.run import learning_rate, queries_of, step_samples
 from addax_ds.training.state import check_header, recorded
 
 
@@ -96,10 +97,10 @@ def replay(folder: Path, start: int | None, stop: int | None, output: Path | Non
 def audit(folder: Path) -> tuple[dict[str, int], list[str]]:
     """Hold every step of a run's journal against all that determines it.
 
-    The seeds, samples and learning rates that the settings give; the losses and g0 of metrics.jsonl;
-    the weights of the checkpoints and the digest of the summary; and that this version draws the same
-    noise. Returns how many of each item agree, and the files that are not there to compare with. Raises
-    `UserError` that names the first step and item that disagree.
+    The seeds, samples, learning rates and numbers of directions that the settings give; the losses and
+    g0 of metrics.jsonl; the weights of the checkpoints and the digest of the summary; and that this
+    version draws the same noise. Returns how many of each item agree, and the files that are not there
+    to compare with. Raises `UserError` that names the first step and item that disagree.
     """
     config, entries = load_run(str(folder / CONFIG), []), read_journal(folder / JOURNAL)
     check_header(entries.header, recorded(config))
@@ -120,6 +121,9 @@ def audit(folder: Path) -> tuple[dict[str, int], list[str]]:
         if pools is not None:
             agree("samples", step, [list(record.zo), list(record.fo)], list(step_samples(config, pools, step - 1)))
         agree("lr", step, record.lr, learning_rate(config, step - 1))
+        if record.g0 and (pools is not None or config.query_schedule is None):
+            queries = config.queries if pools is None else queries_of(config, pools, step - 1)
+            agree("directions", step, len(record.g0), Directions(config.directions, queries, config.zo_sizes).count)
         measured = metrics.get(step)
         if measured is not None:
             agree("g0", step, record.g0, None if measured["skipped"] else tuple(measured["g0"]))

@@ -73,12 +73,16 @@ def prepare_inputs(config: RunConfig) -> Prepared:
         )
     task, records = _fitted(named, records)
     drawn = None if config.train_samples is None else config.train_samples + config.dev_samples
-    eval_data = config.eval_data or held_out_beside(config.data)
+    beside = held_out_beside(config.data)
+    if beside is not None and drawn is not None:
+        drawn = min(drawn, len(records))  # of a task by name, what there is: some have a few hundred samples
+    eval_data = config.eval_data or beside
     held_out_here = config.eval_samples if eval_data is None else 0
     train, held_out = split_records(records, drawn, held_out_here, config.seed)
     if eval_data is not None:
         _, apart = _fitted(named, load_records(eval_data)[0])
-        _, held_out = split_records(apart, 0, config.eval_samples, config.seed)
+        asked = config.eval_samples if config.eval_data is not None else min(config.eval_samples, len(apart))
+        _, held_out = split_records(apart, 0, asked, config.seed)
     if len(train) <= config.dev_samples:
         raise UserError(f"{len(train)} samples are too few for dev_samples={config.dev_samples}: lower it")
     first_dev = len(train) - config.dev_samples

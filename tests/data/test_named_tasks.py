@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from addax_ds.config import TaskConfig
+from addax_ds.config import TaskConfig, load_run
 from addax_ds.data import sources
 from addax_ds.data.batches import collate_choices, micro_batches
 from addax_ds.data.named_tasks import HUB_TASKS, named_task
@@ -14,6 +14,7 @@ from addax_ds.data.tasks import encode
 from addax_ds.errors import UserError
 from addax_ds.training.metrics import read_json
 from addax_ds.training.models import load_tokenizer
+from addax_ds.training.run import prepare_inputs
 from tests.cli.commands import run
 
 # A record of each dataset, what is asked of it, what may follow, and which of that is right.
@@ -178,6 +179,18 @@ def test_a_run_of_every_task_comes_to_its_end(tiny, model, tmp_path, name):
     metric = "exact_match" if name in ("squad", "drop") else "accuracy"
     assert summary["metric_name"] == metric and 0 <= summary[f"{metric}_after"] <= 1
     assert (metric == "accuracy") or 0 <= summary["f1_after"] <= 1
+
+
+def test_a_small_task_by_name_is_taken_whole(tiny, model, monkeypatch):
+    held = {"copa": many("copa", 60), "copa:validation": many("copa", 20)}
+    monkeypatch.setattr("addax_ds.training.run.load_records", lambda data: (held[data], "copa"))
+    settings = ["data=copa", "task=null", f"model={model}", "train_samples=1000", "eval_samples=500"]
+    prepared = prepare_inputs(load_run(str(tiny.run_file), [*settings, "dev_samples=10"]))
+    assert [len(examples) for examples in (prepared.train, prepared.dev, prepared.held_out)] == [50, 10, 20]
+    prepared = prepare_inputs(load_run(str(tiny.run_file), [*settings, "train_samples=30", "eval_samples=5"]))
+    assert [len(examples) for examples in (prepared.train, prepared.held_out)] == [30, 5]
+    with pytest.raises(UserError, match="60 samples are too few for dev_samples=60"):
+        prepare_inputs(load_run(str(tiny.run_file), [*settings, "dev_samples=60"]))
 
 
 def test_choices_of_different_numbers_do_not_disturb_each_other(tiny, tokenizer):

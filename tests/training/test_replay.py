@@ -56,7 +56,8 @@ def test_weights_are_rebuilt_from_any_checkpoint_without_data(zeroth_order, tiny
 
 def test_the_command_says_what_it_did_and_writes_the_model(zeroth_order, tmp_path):
     result = run("replay", zeroth_order, "--output", tmp_path / "model", cwd=tmp_path).check()
-    assert re.search(r"agree: 20 of seed, 20 of samples, 20 of lr, 20 of g0, 20 of difference of losses", result.output)
+    agreeing = ("seed", "samples", "lr", "directions", "g0", "difference of losses")
+    assert "agree: " + ", ".join(f"20 of {item}" for item in agreeing) in result.output
     assert re.search(r"rebuilt: steps 11 to 20 from [\d,]+ bytes of the journal \(\d+ a step\)", result.output)
     assert f"digest: {final(zeroth_order)}, that of the run" in result.output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
@@ -89,6 +90,7 @@ def test_a_mixed_run_is_audited_and_not_rebuilt(mixed, tmp_path):
         ("lr", 10**400, "line 4 is damaged .*too large"),
         ("g0", (10**400,), "line 4 is damaged .*too large"),
         ("g0", (1.5,), r"step 3: the journal has g0 \(1.5,\)"),
+        ("g0", (1.5, 2.5), "step 3: the journal has directions 2"),
         ("zo", (0, 1, 2, 3, 4), "step 3: the journal has samples"),
     ],
 )
