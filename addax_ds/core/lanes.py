@@ -470,7 +470,8 @@ class Lanes:
         if light:
             return self._light_copies.setdefault(of, _Copies(of))
         if of != self._copies.of:
-            self._copies = _Copies(of)
+            # Whoever comes here next has light modules of its own before it.
+            self._copies, self._light_copies = _Copies(of), {}
             if any(guest.open for guest in self._running):
                 self._scratch.release()  # a module that calls this one still needs its copies
         return self._copies

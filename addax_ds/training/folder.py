@@ -50,7 +50,7 @@ def finished(config: RunConfig, pools: Partition) -> dict[str, Any] | None:
     if config.output is None:
         return None
     folder = Path(config.output)
-    if not (folder / SUMMARY).exists():
+    if not os.path.exists(folder / SUMMARY):  # False, too, for a name that no file can have
         return None
     _check_settings(config, pools, folder)
     summary = read_json(folder / SUMMARY)

@@ -271,7 +271,11 @@ class RunState:
 
     def steps_are_taken(self) -> None:
         """Have the last save end; raises `UserError` where the steps have left weights that are not finite."""
-        self._checkpoints.wait()
+        try:
+            self._checkpoints.wait()
+        except UserError as error:  # the weights are here, and worth more than their copy
+            self._say(f"the last step is not saved ({error}): the run comes to its end all the same")
+            self._saved = -1
         check_result(self._engine, self.steps)
 
     def prepare_export(self, request: Request) -> None:

@@ -258,7 +258,7 @@ def test_without_any_that_loads_nothing_starts_over_in_silence(saved: Path):
         (path / "manifest.json").write_text("{")
     with running("replicated", build_model("llama-tied")) as run:
         checkpoints = Checkpoints(saved, run.engine, keep=2)
-        with pytest.raises(UserError, match="no older one can be used: remove"):
+        with pytest.raises(UserError, match="no older one can be used: mend that, or remove"):
             checkpoints.load_newest()
         shutil.rmtree(saved)
         saved.mkdir()
