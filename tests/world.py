@@ -96,7 +96,12 @@ class World:
         if process.is_alive():
             os.kill(process.pid, WRITE_STACKS)
             time.sleep(0.2)
-        return (self._folder / f"rank{rank}.log").read_text(errors="replace")[-6000:]
+        written = (self._folder / f"rank{rank}.log").read_text(errors="replace")
+        if len(written) <= 8000:
+            return written
+        # What killed it comes before the stacks of its threads.
+        fatal = max(written.rfind("Fatal Python error") - 1000, 0)
+        return f"{written[fatal : fatal + 5000]}\n...\n{written[-3000:]}"
 
     def kill(self) -> None:
         """End every process of this world at once."""

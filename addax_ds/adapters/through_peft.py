@@ -1,5 +1,6 @@
 """LoRA and prefix parameters, through peft."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,28 @@ def _with_prefix(model: nn.Module, words: torch.Tensor) -> nn.Module:
     """words: keys and values [tokens, layers * 2 * heads * head size], as peft orders them."""
     peft = _peft()
     settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(words))
-    wrapped = peft.get_peft_model(model, settings)
+    try:
+        wrapped = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"adapter: {error}") from None
     embedding = wrapped.get_parameter(_PREFIX)
     if embedding.shape != words.shape:
         raise UserError(
             f"this prefix does not fit {type(model).__name__}: it needs {embedding.shape[1]} numbers a token"
         )
     embedding.data.copy_(words)
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        model.register_forward_pre_hook(_count_positions, with_kwargs=True)
     return wrapped
+
+
+def _count_positions(_: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Positions of the words behind a prefix, of which peft's forward gives none: padding, wherever it stands, is not
+    counted. attention_mask: of prefix and words."""
+    if (mask := inputs.get("attention_mask")) is not None:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        inputs = {**inputs, "position_ids": positions[:, -inputs["input_ids"].shape[1] :]}
+    return args, inputs
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class PrefixConfig:
 
     kind: Literal["prefix"] = "prefix"
     tokens: int = 5
-    """Positions of the prefix; they begin as those of the words that a tokenizer knows first."""
+    """Positions of the prefix; they begin as those of random words."""
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, f"tokens is {self.tokens}: it must be 1 or more")

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from addax_ds.config.adapters import AdapterConfig, TensorTrainConfig
+from addax_ds.config.adapters import AdapterConfig, PrefixConfig, TensorTrainConfig
 from addax_ds.config.addax import AddaxConfig
 from addax_ds.config.checks import STRICT, nearest, require
 from addax_ds.config.method import BASELINES, METHODS, QuerySchedule
@@ -150,6 +150,10 @@ class RunConfig(AddaxConfig):
         require(
             self.adapter_weights is None or self.adapter is not None,
             "adapter_weights without adapter: say of what kind they are, for example adapter.kind=lora",
+        )
+        require(
+            not (isinstance(self.adapter, PrefixConfig) and self.activation_checkpointing),
+            "a prefix is not passed on to blocks that are recomputed: leave activation_checkpointing out, or take lora",
         )
         require(self.replicas == 1 or self.engine == "fsdp", "replicas above 1 needs engine: fsdp")
         if self.method in ("addax", "addax-wa"):

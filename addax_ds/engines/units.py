@@ -18,15 +18,18 @@ def units_of(model: nn.Module) -> list[list[str]]:
             ]
 
     outside: list[str] = []
+    placed = {model.get_submodule(path) for path in blocks}
 
     def collect(path: str, module: nn.Module) -> None:
         inside = f"{path}." if path else ""
-        if path in blocks or not any(True for _ in module.parameters()):
+        # A module may stand in more than one place, as the embedding does that peft keeps at hand.
+        if module in placed or not any(True for _ in module.parameters()):
             return
         # FSDP2 wraps nothing that has no forward of its own.
         container = isinstance(module, nn.ModuleList | nn.ModuleDict)
         if path and not container and not any(block.startswith(inside) for block in blocks):
             outside.append(path)
+            placed.add(module)
             return
         for name, child in module.named_children():
             collect(inside + name, child)

@@ -131,14 +131,16 @@ def _generate(model: nn.Module, batch: Batch, count: int) -> torch.Tensor:
 
     No early end: every rank must run the same number of forwards.
     """
-    mask, cache, generated = batch["attention_mask"], None, []
+    words, mask, cache, generated = batch["input_ids"], batch["attention_mask"], None, []
+    keeps = not hasattr(model, "prompt_encoder")  # peft puts the bare prefix in place of any cache
     step = dict(batch)
     for _ in range(count):
-        output = model(**step, past_key_values=cache, use_cache=True)
-        cache, token = output.past_key_values, output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        output = model(**step, past_key_values=cache, use_cache=keeps)
+        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         generated.append(token)
-        mask = torch.cat((mask, torch.ones_like(token)), dim=1)
-        step = {"input_ids": token, "attention_mask": mask}
+        words, mask = (torch.cat(pair, dim=1) for pair in ((words, token), (mask, torch.ones_like(token))))
+        cache = output.past_key_values if keeps else None
+        step = {"input_ids": token if keeps else words, "attention_mask": mask}
         if "position_ids" in batch:
             step["position_ids"] = mask.sum(dim=1, keepdim=True) - 1
     return torch.cat(generated, dim=1)

@@ -160,7 +160,7 @@ def accepted(model: nn.Module) -> frozenset[str]:
     """Names of the inputs that the model's forward takes."""
     if not hasattr(model, "get_base_model"):
         return frozenset(inspect.signature(model.forward).parameters)
-    # peft's forward takes anything, and counts positions itself behind a prefix.
+    # peft's forward takes anything but positions behind a prefix, which the adapter counts.
     names = frozenset(inspect.signature(model.get_base_model().forward).parameters)  # type: ignore[operator]
     return names - {"position_ids"} if hasattr(model, "prompt_encoder") else names
 
@@ -191,7 +191,9 @@ def read_ds_config(config: RunConfig, optimizer: str = "Addax") -> dict[str, Any
     wants_bf16 = bool(ds_config.get("bf16", {}).get("enabled", config.dtype == "bfloat16"))
     if wants_bf16 != (config.dtype == "bfloat16"):
         raise UserError(f"ds_config {path}: bf16.enabled is {wants_bf16} but dtype is {config.dtype}: make them agree")
-    ds_config["bf16"] = {**ds_config.get("bf16", {}), "enabled": wants_bf16}
+    # DeepSpeed would cast adapters with their backbone, and Addax trains them in float32 beside it.
+    casts = wants_bf16 and (config.adapter is None or optimizer != "Addax")
+    ds_config["bf16"] = {**ds_config.get("bf16", {}), "enabled": casts}
     if optimizer == "Addax":
         return {**ds_config, "optimizer": {"type": optimizer, "params": hyperparameters(config)}}
     ds_config.pop("train_batch_size", None)  # which follows from what is set here

@@ -6,29 +6,37 @@ import pytest
 import torch
 from torch import nn
 
-from addax_ds.adapters import add_adapters
-from addax_ds.adapters.files import adapter_weights
-from addax_ds.config import TensorTrainConfig
+from addax_ds.adapters import add_adapters, through_peft
+from addax_ds.config import LoraConfig, PrefixConfig, TensorTrainConfig
 from tests.engines.agreement import check_steps
 from tests.engines.setups import batch_for, build_model, loss_for, running
 from tests.world import World
 
 ENGINES = ("replicated", "zero2", "fsdp", "zero3", "zero3-evicting")
+KINDS = {
+    "tensor-train": TensorTrainConfig(bottleneck=6, rank=2),
+    "lora": LoraConfig(rank=2),
+    "prefix": PrefixConfig(tokens=3),
+}
 
 
-def adapted_model(kind: str = "llama-tied", dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = build_model(kind, dtype)
-    add_adapters(model, TensorTrainConfig(bottleneck=6, rank=2))
+def adapted_model(adapter: str, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model, config = build_model(kind, dtype), KINDS[adapter]
+    if isinstance(config, TensorTrainConfig):
+        add_adapters(model, config)
+    else:
+        model = through_peft.add(model, config)
     torch.manual_seed(3)
-    for parameter in adapter_weights(model).values():
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
     return model
 
 
-def train(engine: str, alpha: float, kind: str, dtype: torch.dtype = torch.float32) -> str:
-    model = adapted_model(kind, dtype)
+def train(engine: str, alpha: float, adapter: str, kind: str, dtype: torch.dtype = torch.float32) -> str:
+    model = adapted_model(adapter, kind, dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    own = set(adapter_weights(model))
+    own = {name for name, p in model.named_parameters() if p.requires_grad}
     with running(engine, model, alpha=alpha, queries=2, distribution="rademacher") as run:
         for step in range(3):
             batches = batch_for(kind, 5, 12, 2 * step), batch_for(kind, 3, 6, 2 * step + 1)
@@ -43,17 +51,19 @@ def train(engine: str, alpha: float, kind: str, dtype: torch.dtype = torch.float
 
 @pytest.mark.parametrize("world", [3], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zeroth_order_steps_of_adapters_are_the_same_on_every_engine(world: World, dtype: torch.dtype):
+@pytest.mark.parametrize("adapter", KINDS)
+def test_zeroth_order_steps_of_adapters_are_the_same_on_every_engine(world: World, adapter: str, dtype: torch.dtype):
+    steps = {"alpha": 1.0, "adapter": adapter, "kind": "llama-tied", "dtype": dtype}
     digests = {
         (engine, rank): digest
         for engine in ENGINES
-        for rank, digest in enumerate(world.run(train, engine=engine, alpha=1.0, kind="llama-tied", dtype=dtype))
+        for rank, digest in enumerate(world.run(train, engine=engine, **steps))
     }
     assert len(set(digests.values())) == 1, digests
 
 
-def take_steps(engine: str, kind: str) -> None:
-    plain = adapted_model(kind)
+def take_steps(engine: str, adapter: str, kind: str) -> None:
+    plain = adapted_model(adapter, kind)
     reference = copy.deepcopy(plain)
     batches = [(batch_for(kind, 5, 12, 2 * i), batch_for(kind, 3, 6, 2 * i + 1)) for i in range(3)]
     with running(engine, plain) as run:
@@ -61,7 +71,13 @@ def take_steps(engine: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("world", [2], indirect=True)
-@pytest.mark.parametrize("kind", ["llama-untied", "opt", "bert"])
+@pytest.mark.parametrize(
+    ("adapter", "kind"),
+    [
+        *(("tensor-train", kind) for kind in ("llama-untied", "opt", "bert")),
+        *((adapter, kind) for adapter in ("lora", "prefix") for kind in ("llama-tied", "opt")),
+    ],
+)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_mixed_steps_of_adapters_agree_with_the_reference(world: World, engine: str, kind: str):
-    world.run(take_steps, engine=engine, kind=kind)
+def test_mixed_steps_of_adapters_agree_with_the_reference(world: World, engine: str, adapter: str, kind: str):
+    world.run(take_steps, engine=engine, adapter=adapter, kind=kind)

@@ -64,8 +64,12 @@ def test_adazeta_by_name_is_its_adapters_and_its_schedule(tiny, tmp_path):
     assert [len(record["g0"]) for record in read_metrics(tmp_path / "named")] == [1, 1, 1, 1, 2]
 
 
-def test_the_engines_write_the_same_adapters(tiny, tmp_path):
-    words = ["train", tiny.run_file, *KINDS["tensor-train"], "method=adazeta", "query_schedule=null", "queries=2"]
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("tensor-train", "float32"), ("tensor-train", "bfloat16"), ("prefix", "float32")]
+)
+def test_the_engines_write_the_same_adapters(tiny, tmp_path, kind, dtype):
+    method = ["method=adazeta", "query_schedule=null"] if kind == "tensor-train" else ["method=mezo"]
+    words = ["train", tiny.run_file, *KINDS[kind], *method, "queries=2", f"dtype={dtype}"]
     engines = {"one": [], "fsdp": ["engine=fsdp"]}
     for path in sorted(ROOT.glob("ds_configs/adazeta_*.json")):
         engines[path.stem] = ["engine=deepspeed", f"ds_config={path}"]
@@ -75,7 +79,9 @@ def test_the_engines_write_the_same_adapters(tiny, tmp_path):
     one, *others = (load_file(tmp_path / name / "adapter" / WEIGHTS) for name in engines)
     for other in others:
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    load_adapters(AutoModelForCausalLM.from_pretrained(tiny.model), tmp_path / "fsdp" / "adapter")
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+    if kind == "tensor-train":
+        load_adapters(AutoModelForCausalLM.from_pretrained(tiny.model), tmp_path / "fsdp" / "adapter")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +117,9 @@ def test_a_killed_run_of_adapters_goes_on_and_can_be_repeated(tiny, tmp_path, ki
         ),
         (["adapter.kind=tensor-train", "adapter.hidden_modes=[5,5]"], "modes [5, 5] multiply to 25, and the layer has"),
         (["adapter.kind=tensor-train", "adapter.groups=5"], "groups is 5"),
+        (["adapter.kind=tensor-train", "adapter.rank=0"], "adapter: rank is 0: it must be 1 or more"),
         (["adapter.kind=prefix", "adapter.tokens=0"], "adapter: tokens is 0"),
+        (["adapter.kind=prefix", "activation_checkpointing=true"], "leave activation_checkpointing out"),
         (["adapter_weights=x"], "adapter_weights without adapter"),
         (["adapter.kind=lora", "adapter_weights=x"], "adapter_config.json: No such file or directory"),
     ],

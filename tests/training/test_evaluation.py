@@ -1,5 +1,6 @@
 """Scores are what a reader of the data would compute by hand, whatever path computes them."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -9,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import addax_ds
-from addax_ds.config import load_run
+from addax_ds.adapters import through_peft
+from addax_ds.config import PrefixConfig, load_run
 from addax_ds.data.batches import collate, collate_choices, collate_prompts
 from addax_ds.loss import choice_loss, choice_scores, token_loss
 from addax_ds.training import evaluation
@@ -159,6 +161,25 @@ def test_generation_is_what_generate_gives_greedily(tiny, model, kind):
     length = batch["input_ids"].shape[1]
     assert len(set(ours.flatten().tolist())) > 3, "a constant answer would show nothing"
     assert ours.tolist() == theirs[:, length:].tolist()
+
+
+def test_behind_a_prefix_neither_padding_nor_the_words_generated_before_change_what_comes_next(tiny, model):
+    torch.manual_seed(0)
+    wrapped = through_peft.add(copy.deepcopy(model), PrefixConfig(tokens=3)).eval()
+    prepared, _ = load(tiny.completion_file)
+    batch = collate_prompts(prepared.held_out[:9], prepared.tokenizer.pad_token_id)
+    inputs = {key: value for key, value in batch.items() if key in accepted(wrapped)}
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert len(set(lengths.tolist())) > 1, "without padding nothing is shown"
+    with torch.no_grad():
+        ours = evaluation._generate(wrapped, inputs, 12)
+        for row, length, words in zip(batch["input_ids"], lengths.tolist(), ours.tolist(), strict=True):
+            alone = row[-length:].tolist()
+            for word in words:  # one whole forward a word
+                logits = wrapped(input_ids=torch.tensor([alone])).logits[0, -1]
+                assert logits[word] >= logits.max() - 1e-4
+                alone.append(word)
+    assert len(set(ours.flatten().tolist())) > 3, "a constant answer would show nothing"
 
 
 def test_exact_match_and_f1_stop_at_the_end_token_and_take_any_accepted_answer(tiny):
