@@ -255,6 +255,7 @@ class Lanes:
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
         self._copies = _Copies()  # of the module and direction at hand
         self._light_copies: dict[tuple[str, int], _Copies] = {}  # of light modules that are gathered
+        self._kept = 0  # elements of one of the two points in them
         copied = (
             sum(
                 weight.numel()
@@ -263,7 +264,7 @@ class Lanes:
             )
             for path, module, _ in owned_weights(skeleton)
         )
-        self._light = max(copied, default=0) // 64  # elements, little beside the copies of the largest module
+        self._largest = max(copied, default=0)  # elements of a module that are copied
         self._scratch = Scratch()
         self._orders: dict[str, list[str]] = {}  # what drives of a name gather, module by module, once known
 
@@ -295,7 +296,7 @@ class Lanes:
         while ready := [guest for guest in self._running if self._is_ready(guest)]:
             guest = min(ready, key=lambda guest: (guest.asks_for() != self._copies.of, guest.visited))
             guest.resume()
-            while guest.parked and self._is_light(guest.owners) and self._is_ready(guest):
+            while guest.parked and self._is_light(guest.asks_for(), guest.owners) and self._is_ready(guest):
                 guest.resume()
             self._collect()
         self._drop_copies()
@@ -410,15 +411,21 @@ class Lanes:
     def _is_ready(self, guest: _Guest) -> bool:
         return all(self._weights.is_gathered(owner.path) for owner in guest.owners)
 
-    def _is_light(self, owners: list[Owner]) -> bool:
-        """Whether few of the weights of these modules move, or none."""
+    def _is_light(self, of: tuple[str, int], owners: list[Owner]) -> bool:
+        """Whether few of the weights of these modules move, or none: too few to wait for.
+
+        Of such copies no more are kept than the largest module has.
+        """
+        if of in self._light_copies:
+            return True
         moving = (
             owner.module._parameters[local]
             for owner in owners
             for local, name in owner.owned.items()
             if self._weights.trainable(name)
         )
-        return sum(weight.numel() for weight in moving if weight is not None) <= self._light
+        size = sum(weight.numel() for weight in moving if weight is not None)
+        return size <= self._largest // 64 and self._kept + size <= self._largest
 
     def _collect(self) -> None:
         """Retire guests that are done, or have failed."""
@@ -433,7 +440,8 @@ class Lanes:
 
         path: of the module that is entered, which holds those of all owners together.
         """
-        copies = self._copies_of((path, point.query), self._is_light(owners)) if point.sign else _Copies()
+        of = path, point.query
+        copies = self._copies_of(of, self._is_light(of, owners)) if point.sign else _Copies()
         fetched: list[dict[str, torch.Tensor]] = []
         moving: list[tuple[dict[str, torch.Tensor], str, str]] = []
         for owner in owners:
@@ -461,6 +469,7 @@ class Lanes:
                 for (name, weight), (plus, minus) in zip(still.items(), pairs, strict=True):
                     perturb(weight, 0, plus, minus, name, point)
                 copies.pairs = dict(zip(still, pairs, strict=True))
+                self._kept += sum(weight.numel() for weight in still.values()) if copies is not self._copies else 0
             for weights, local, name in moving:
                 weights[local] = copies.pairs[name][point.sign < 0]
         return fetched
@@ -471,13 +480,14 @@ class Lanes:
             return self._light_copies.setdefault(of, _Copies(of))
         if of != self._copies.of:
             # Whoever comes here next has light modules of its own before it.
-            self._copies, self._light_copies = _Copies(of), {}
+            self._drop_copies()
+            self._copies = _Copies(of)
             if any(guest.open for guest in self._running):
                 self._scratch.release()  # a module that calls this one still needs its copies
         return self._copies
 
     def _drop_copies(self) -> None:
-        self._copies, self._light_copies = _Copies(), {}
+        self._copies, self._light_copies, self._kept = _Copies(), {}, 0
 
     def _left(self, output: Any) -> Any:
         """What a module returned, made to outlive the module's weights."""

@@ -10,8 +10,8 @@ from addax_ds.core.plain import Perturbation
 class Rows:
     """The rows of W + scale * z and W - scale * z that forwards along one direction have looked up so far.
 
-    They take no more memory than what those forwards have looked up with them. The sign of `point`
-    does not enter.
+    They take no more memory than what those forwards have looked up with them, and a number for each
+    row of W. The sign of `point` does not enter.
     """
 
     def __init__(self, weight: torch.Tensor, name: str, point: Perturbation) -> None:

@@ -145,7 +145,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=timeout) if engine.world_size > 1 else None
 
     def tidy(self) -> None:
-        """Make the folder, and remove what an earlier process of the run has left unfinished in it.
+        """Make the folder, and remove what was left unfinished in it.
 
         Raises `UserError` where it cannot be written.
         """

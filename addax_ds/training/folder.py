@@ -15,7 +15,7 @@ import yaml
 from addax_ds.config import RunConfig, load_run
 from addax_ds.data.partition import Partition
 from addax_ds.errors import UserError
-from addax_ds.training.metrics import METRICS, read_json, write_json, write_whole
+from addax_ds.training.metrics import METRICS, Summary, check_kind, read_json, write_json, write_whole
 from addax_ds.training.world import World
 
 CONFIG = "config.yaml"
@@ -45,7 +45,7 @@ _FREE = {
 def finished(config: RunConfig, pools: Partition) -> dict[str, Any] | None:
     """The summary of a run that was complete when it was started again: nothing is left to do.
 
-    Raises `UserError` where the folder holds a run of other settings.
+    Raises `UserError` where the folder holds a run of other settings, or one without the model asked for.
     """
     if config.output is None:
         return None
@@ -54,7 +54,13 @@ def finished(config: RunConfig, pools: Partition) -> dict[str, Any] | None:
         return None
     _check_settings(config, pools, folder)
     summary = read_json(folder / SUMMARY)
-    return {**summary, "folder": config.output} if summary["steps"] == config.steps else None
+    check_kind(summary, Summary, str(folder / SUMMARY))
+    if summary["steps"] != config.steps:
+        return None
+    trained = "model" if config.adapter is None else "adapter"
+    if config.save and not (folder / trained).exists():
+        raise UserError(f"output {config.output} holds a finished run without its {trained}: choose another folder")
+    return {**summary, "folder": config.output}
 
 
 def can_resume(config: RunConfig, pools: Partition) -> bool:

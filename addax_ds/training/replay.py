@@ -121,9 +121,10 @@ def audit(folder: Path) -> tuple[dict[str, int], list[str]]:
         if pools is not None:
             agree("samples", step, [list(record.zo), list(record.fo)], list(step_samples(config, pools, step - 1)))
         agree("lr", step, record.lr, learning_rate(config, step - 1))
-        if record.g0 and (pools is not None or config.query_schedule is None):
+        if record.g0 is not None and (pools is not None or config.query_schedule is None):
             queries = config.queries if pools is None else queries_of(config, pools, step - 1)
-            agree("directions", step, len(record.g0), Directions(config.directions, queries, config.zo_sizes).count)
+            owed = Directions(config.directions, queries, config.zo_sizes).count if config.alpha > 0 else 0
+            agree("directions", step, len(record.g0), owed)
         measured = metrics.get(step)
         if measured is not None:
             agree("g0", step, record.g0, None if measured["skipped"] else tuple(measured["g0"]))

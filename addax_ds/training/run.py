@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.baselines import Baseline
-from addax_ds.config import RunConfig, TaskConfig
+from addax_ds.config import PrefixConfig, RunConfig, TaskConfig
 from addax_ds.data.batches import Batch, batch_indices, micro_batches
 from addax_ds.data.named_tasks import named_task
 from addax_ds.data.partition import Partition, check_pools, partition
@@ -88,7 +88,8 @@ def prepare_inputs(config: RunConfig) -> Prepared:
     first_dev = len(train) - config.dev_samples
     location = locate_model(config.model)
     tokenizer = load_tokenizer(location)
-    longest = context_length(location)
+    # A prefix takes places of its own.
+    longest = context_length(location) - (config.adapter.tokens if isinstance(config.adapter, PrefixConfig) else 0)
     generated = task.max_new_tokens if task.completion is not None else 0
     return Prepared(
         location,

@@ -276,6 +276,7 @@ class RunState:
         except UserError as error:  # the weights are here, and worth more than their copy
             self._say(f"the last step is not saved ({error}): the run comes to its end all the same")
             self._saved = -1
+            self._checkpoints.tidy()  # what follows may need its place
         check_result(self._engine, self.steps)
 
     def prepare_export(self, request: Request) -> None:

@@ -104,9 +104,12 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         attempt = dist.PrefixStore(f"addax_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as error:
+        told = " ".join(str(error).split())[:120]
+        if "timed out" not in str(error).lower():
+            raise RankLostError(f"rank {rank} cannot join the others ({told}): look at its address and port") from error
         raise RankLostError(
             f"rank {rank}: the {size} ranks did not all join within {timeout_minutes:g} minutes "
-            f"({' '.join(str(error).split())[:120]}): look at the others and their nodes"
+            f"({told}): look at the others and their nodes"
         ) from error
     try:
         yield World(rank, local_rank, size, device)

@@ -214,10 +214,10 @@ def test_noise_is_drawn_once_per_module_and_direction(model, lanes, monkeypatch)
 class Normed(nn.Module):
     """Blocks with a light module before two others."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 120), nn.Linear(120, 6)) for _ in range(2)
+            nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 120), nn.Linear(120, 6)) for _ in range(blocks)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -287,6 +287,41 @@ def test_only_one_modules_copies_are_alive(model, lanes, monkeypatch):
     largest = sum(-(-p.numel() * 4 // 64) * 64 for p in model.blocks[0].inner.parameters())
     assert 0 < most <= 2 * largest
     assert not any(ref() is not None for ref in blocks), "a copy outlived the forwards"
+
+
+def test_copies_of_light_modules_stay_below_those_of_the_largest(monkeypatch):
+    """Adapters on a frozen backbone, all weights whole: nothing heavy comes that would have them dropped."""
+    torch.manual_seed(1)
+    model = Normed(blocks=100)  # 1,200 elements a direction are light, and the largest module has 840
+    frozen = tuple(name for name, _ in model.named_parameters() if ".0." not in name[len("blocks.0") :])
+    sides: list[weakref.ref] = []
+    most = 0
+
+    def watching(weight, start, plus, minus, name, point):
+        nonlocal most
+        sides.extend(weakref.ref(side) for side in (plus, minus))
+        most = max(most, sum(side.numel() for side in (ref() for ref in sides) if side is not None))
+        perturb(weight, start, plus, minus, name, point)
+
+    perturb = lanes_module.perturb
+    monkeypatch.setattr(lanes_module, "perturb", watching)
+    lanes = Lanes(model, strip(model), Whole(model, frozen))
+    jobs = [Job(lambda m: m(X), point) for point in points(queries=3)]
+    lanes.run(jobs)
+    raise_first(jobs)
+    assert 2 * 600 < most <= 2 * (840 + 12)  # with the module at hand
+    for job in jobs:
+        point = job.perturbation
+        weights = {
+            name: p
+            if name in frozen
+            else p + point.sign * EPS * noise(3, name, 0, p.numel(), query=point.query).view_as(p)
+            for name, p in model.named_parameters()
+        }
+        with torch.no_grad():
+            expected = torch.func.functional_call(model, weights, (X,))
+        torch.testing.assert_close(job.result, expected, rtol=1e-5, atol=1e-6)
+    lanes.close()
 
 
 @dataclass

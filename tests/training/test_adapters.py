@@ -119,6 +119,7 @@ def test_a_killed_run_of_adapters_goes_on_and_can_be_repeated(tiny, tmp_path, ki
         (["adapter.kind=tensor-train", "adapter.groups=5"], "groups is 5"),
         (["adapter.kind=tensor-train", "adapter.rank=0"], "adapter: rank is 0: it must be 1 or more"),
         (["adapter.kind=prefix", "adapter.tokens=0"], "adapter: tokens is 0"),
+        (["adapter.kind=prefix", "adapter.tokens=60"], "the model takes 4"),
         (["adapter.kind=prefix", "activation_checkpointing=true"], "leave activation_checkpointing out"),
         (["adapter_weights=x"], "adapter_weights without adapter"),
         (["adapter.kind=lora", "adapter_weights=x"], "adapter_config.json: No such file or directory"),

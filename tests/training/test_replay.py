@@ -110,6 +110,21 @@ def test_an_audit_names_what_disagrees(mixed, tmp_path, field, value, words):
         audit(folder)
 
 
+def test_an_audit_misses_directions_that_a_step_owes(mixed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    entries = read_journal(folder / "journal.jsonl")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:]))  # which would tell as well
+    header = {key: value for key, value in entries.header.items() if key != "journal"}
+    journal = Journal(folder / "journal.jsonl", header)
+    for record in entries.records:
+        journal.step(dataclasses.replace(record, g0=()) if record.step == 3 else record)
+    journal.close()
+    with pytest.raises(UserError, match="step 3: the journal has directions 0"):
+        audit(folder)
+
+
 def test_an_audit_holds_g0_against_the_losses(mixed, tmp_path):
     """Metrics and journal of one mind, as a program that reckons wrongly would write them."""
     folder = tmp_path / "run"

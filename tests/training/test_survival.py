@@ -9,9 +9,11 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,6 +392,36 @@ def test_a_finished_run_is_left_alone(untouched, tiny):
     refused = run(*words, "seed=5", cwd=folder)
     assert refused.status == 2 and "with seed 0, and this one has 5" in refused.error
     assert before == {path: path.read_bytes() for path in before}
+    without = run(*words, "save=true", cwd=folder)
+    assert without.status == 2 and "holds a finished run without its model" in without.error
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"steps": 8}', "{", ""])
+def test_a_damaged_summary_is_one_line(untouched, tiny, tmp_path, content):
+    shutil.copytree(untouched("replicated"), tmp_path / "out")
+    (tmp_path / "out" / "summary.json").write_text(content)
+    refused = run("train", tiny.run_file, "output=out", *STEPS, cwd=tmp_path)
+    assert refused.status == 2 and "summary.json" in refused.error, refused.error
+    assert refused.error.strip().count("\n") == 0
+
+
+def test_an_address_that_is_taken_is_said_so(tiny, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused = run("train", tiny.run_file, *STEPS, cwd=tmp_path, ranks=2, before=Joins(port), seconds=60, until=0)
+    assert refused.status == 1 and "rank 0 cannot join the others" in refused.error, refused.error
+
+
+@dataclass(frozen=True)
+class Joins:
+    """The others at this port."""
+
+    port: int
+
+    def __call__(self) -> None:
+        os.environ["MASTER_PORT"] = str(self.port)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +500,34 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_is_lost(untouched, tiny, tm
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
         run(*words, cwd=tmp_path, ranks=2).check()
         assert summary(tmp_path / "disk" / "out")["final_digest"] == summary(tmp_path / "whole")["final_digest"]
+
+
+@dataclass(frozen=True)
+class LastSaveFails:
+    """As on a disk that is full half-way through the save of step 8."""
+
+    def __call__(self) -> None:
+        from addax_ds.training import checkpoint
+
+        save = checkpoint.dcp.save
+
+        def torn(*args, storage_writer, **kwargs):
+            if "step-000008" in str(storage_writer.path):
+                Path(storage_writer.path).mkdir(exist_ok=True)
+                (Path(storage_writer.path) / "torn").write_bytes(b"1")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return save(*args, storage_writer=storage_writer, **kwargs)
+
+        checkpoint.dcp.save = torn
+
+
+def test_a_last_save_that_fails_leaves_its_place_to_the_runs_end(untouched, tiny, tmp_path):
+    words = ["train", tiny.run_file, "output=out", *STEPS, "save=true"]
+    ended = run(*words, cwd=tmp_path, ranks=2, before=LastSaveFails()).check()
+    assert "the last step is not saved" in ended.output and "No space left" in ended.output
+    assert summary(tmp_path / "out")["final_digest"] == summary(untouched("replicated"))["final_digest"]
+    assert (tmp_path / "out" / "model").exists()
+    assert not list((tmp_path / "out" / "checkpoints").glob("*.partial"))
 
 
 @pytest.mark.parametrize("file", ["", "out"])
