@@ -3,7 +3,6 @@
 import itertools
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss
 from addax_ds.micro_batches import Batch
 from addax_ds.optimizer import Addax
+from addax_ds.training.memory import read_peak, reset_peak, resident
 from addax_ds.training.models import accepted
 from addax_ds.training.run import prepare_inputs, step_batches, step_samples
 from addax_ds.training.world import World
@@ -102,7 +102,7 @@ def measure(world: World, method: str, config: RunConfig) -> dict[str, int]:
         hyper = {"lr": 1e-5, "zo_micro_batch": config.zo_micro_batch, "fo_micro_batch": config.fo_micro_batch}
         optimizer = on_engine(Addax, engine, alpha=alpha, **hyper)
     weights = _bytes(list(model.parameters()))
-    _reset_peak()
+    reset_peak()
     before = _now()
     for step in range(STEPS):
         samples = step_samples(config, pools, step)
@@ -118,7 +118,7 @@ def measure(world: World, method: str, config: RunConfig) -> dict[str, int]:
     held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     # What the process holds besides its tensors, Python and its libraries, is in both readings.
-    return {"weights and states": _bytes(held), "peak": weights + max(_peak() - before, 0)}
+    return {"weights and states": _bytes(held), "peak": weights + max(read_peak() - before, 0)}
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
@@ -136,26 +136,7 @@ def _torch_step(optimizer: torch.optim.Optimizer, model: Any, batches: list[Batc
     optimizer.step()
 
 
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _now() -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """Resident memory of this process in bytes, now (VmRSS) or at most since the reset (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return resident()

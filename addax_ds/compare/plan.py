@@ -26,8 +26,8 @@ class Comparison:
     """By name, what a method sets beyond them; `grid` lists the values that are tried, all with all."""
     seeds: Items[int] = (0, 1, 2)
     """The first is that of the grids; each method's best point is run with all."""
-    targets: Items[float] = ()
-    """Scores on the dev samples, to which seconds and samples are counted."""
+    targets: Items[float | str] = ()
+    """Scores on the dev samples, to which seconds and samples are counted; a method's name stands for its best."""
     ranks: int = 1
     """Processes of each run."""
 
@@ -38,6 +38,9 @@ class Comparison:
             require(bool(re.fullmatch(r"\w[\w .-]*", name)), f"methods: {name}: use letters, digits, spaces, . _ and -")
         require(len(self.seeds) >= 3, f"seeds has {len(self.seeds)}: a spread needs 3 or more")
         require(len(set(self.seeds)) == len(self.seeds), "seeds holds one twice")
+        for target in self.targets:
+            named = isinstance(target, str)
+            require(not named or target in self.methods, f"targets: {target} is no method: name one, or give a score")
         require(self.ranks >= 1, f"ranks is {self.ranks}: it must be 1 or more")
         grids = [values["grid"] for values in self.methods.values() if isinstance(values.get("grid"), dict)]
         taken = {"seed", "output"} & {*self.run, *itertools.chain(*self.methods.values(), *grids)}

@@ -27,8 +27,8 @@ class Score:
 
     seconds: float
     """In training steps until then, evaluations left out."""
-    samples: int
-    """Taken into steps until then."""
+    samples: float
+    """Taken into steps until then, once for each direction that a sample is probed along."""
     score: float
 
 
@@ -63,26 +63,24 @@ class Result:
             return f"{self.trial.name}: {self.fault}"
         return f"{self.trial.name}: {self.metric} {self.score:.3f}, on the dev samples {self.dev_score:.3f}"
 
-    def reached(self, target: float) -> Score | None:
-        """Where the course first has this score."""
-        return next((score for score in self.course if score.score >= target), None)
-
 
 def read_result(trial: Trial, folder: Path) -> Result:
     """The result in a run folder."""
     summary = read_json(folder / SUMMARY)
     check_kind(summary, Summary, str(folder / SUMMARY))
     config, records = trial.config, read_metrics(folder)
-    samples = config.k0 * (config.alpha > 0) + config.k1 * (config.alpha < 1)
     metric = _metric(summary)
+    drawn = len(config.zo_sizes) if config.directions == "per-micro-batch" else 1  # directions of one query
+    first_order = config.k1 * (config.alpha < 1)
     seconds = list(itertools.accumulate(record["seconds"] for record in records))
+    samples = list(itertools.accumulate(first_order + config.k0 * len(r["g0"]) // drawn for r in records))
     course = [
-        Score(at, record["step"] * samples, record[metric])
-        for at, record in zip(seconds, records, strict=True)
+        Score(at, taken, record[metric])
+        for at, taken, record in zip(seconds, samples, records, strict=True)
         if record.get(metric) is not None
     ]
     if records:
-        course.append(Score(seconds[-1], records[-1]["step"] * samples, summary[f"dev_{metric}"]))
+        course.append(Score(seconds[-1], samples[-1], summary[f"dev_{metric}"]))
     return Result(trial, folder, summary, tuple(course))
 
 
@@ -91,9 +89,37 @@ def _metric(summary: dict[str, Any]) -> str:
     return "f1" if "f1_after" in summary else summary["metric_name"]
 
 
+def _mean_course(results: Sequence[Result]) -> list[Score]:
+    """The mean over seeds; empty where one of them diverged, for the others would be the lucky ones."""
+    if any(result.fault for result in results):
+        return []
+    together = zip(*(result.course for result in results), strict=False)
+    return [
+        Score(
+            statistics.fmean(score.seconds for score in at),
+            statistics.fmean(score.samples for score in at),
+            statistics.fmean(score.score for score in at),
+        )
+        for at in together
+    ]
+
+
+def _courses(comparison: Comparison, results: Sequence[Result]) -> dict[str, list[Score]]:
+    return {name: _mean_course([r for r in results if r.trial.method == name]) for name in comparison.methods}
+
+
+def _targets(comparison: Comparison, courses: dict[str, list[Score]]) -> dict[str, float]:
+    """The scores to reach, by the file's words for them; a method without a course has no best."""
+    best = {name: max(score.score for score in course) for name, course in courses.items() if course}
+    scores = {str(target): best.get(str(target), target) for target in comparison.targets}
+    return {word: score for word, score in scores.items() if isinstance(score, float)}
+
+
 def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row a method: score with its spread over seeds, and what it cost."""
     table = []
+    courses = _courses(comparison, results)
+    targets = _targets(comparison, courses)
     for method in comparison.methods:
         own = [result for result in results if result.trial.method == method]
         good = [result for result in own if not result.fault]
@@ -114,17 +140,14 @@ def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, An
             "score": statistics.fmean(scores),
             "spread": statistics.stdev(scores) if len(scores) > 1 else None,
             "seconds per step": statistics.fmean(s["seconds_per_step"] for s in summaries) if good[0].course else None,
-            "peak memory bytes": max(max(s["peak_memory_bytes"]) for s in summaries),
+            "peak memory bytes": max(max(s["step_memory_bytes"]) or max(s["peak_memory_bytes"]) for s in summaries),
             "wire bytes per step": max(sum(s["wire_bytes_per_step"].values()) for s in summaries),
             "trainable parameters": summaries[0]["trainable_parameters"],
         }
-        for target in comparison.targets:
-            reached = [score for result in good if (score := result.reached(target))]
-            row[f"reached {target}"] = len(reached)
-            # Of all runs or of none: those that got there would be the lucky ones.
-            everyone = len(reached) == len(own)
-            row[f"seconds to {target}"] = statistics.median(s.seconds for s in reached) if everyone else None
-            row[f"samples to {target}"] = statistics.median(s.samples for s in reached) if everyone else None
+        for word, target in targets.items():
+            reached = next((score for score in courses[method] if score.score >= target), None)
+            row[f"seconds to {word}"] = reached.seconds if reached else None
+            row[f"samples to {word}"] = reached.samples if reached else None
     return table
 
 
@@ -134,8 +157,13 @@ def write(comparison: Comparison, results: Sequence[Result], output: Path) -> Pa
         {"method": r.trial.method, "seed": r.trial.config.seed, "course": [dataclasses.astuple(s) for s in r.course]}
         for r in results
     ]
-    plan = dataclasses.asdict(comparison)
-    write_json(output / TABLE, {"comparison": plan, "rows": rows(comparison, results), "courses": courses})
+    told = {
+        "comparison": dataclasses.asdict(comparison),
+        "targets": _targets(comparison, _courses(comparison, results)),
+        "rows": rows(comparison, results),
+        "courses": courses,
+    }
+    write_json(output / TABLE, told)
     _plot(comparison, results, output / PLOT)
     return output / TABLE
 
@@ -145,9 +173,11 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
     shown = Table(title=escape(f"{comparison.run.get('model', 'model')} on {comparison.run.get('data', 'data')}"))
     for column in ("method", "best of", "score", "s/step", "peak", "wire/step", "trained"):
         shown.add_column(column, justify="left" if column in ("method", "best of") else "right")
-    for target in comparison.targets:
-        shown.add_column(f"s to {target:g}", justify="right")
-        shown.add_column(f"samples to {target:g}", justify="right")
+    targets = _targets(comparison, _courses(comparison, results))
+    for word, target in targets.items():
+        title = f"{target:g}" if word == f"{target:g}" else f"{escape(word)}'s {target:.3f}"
+        shown.add_column(f"s to {title}", justify="right")
+        shown.add_column(f"samples to {title}", justify="right")
     for row in rows(comparison, results):
         point = " ".join(f"{name}={value}" for name, value in row["best point"].items())
         if not row["runs"]:
@@ -164,10 +194,9 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
             f"{row['wire bytes per step'] / 1e6:,.0f} MB",
             f"{row['trainable parameters']:,}",
         ]
-        for target in comparison.targets:
-            seconds, samples = row[f"seconds to {target}"], row[f"samples to {target}"]
-            few = f"{row[f'reached {target}']} of {row['runs'] + row['diverged']}"
-            cells += [few if seconds is None else f"{seconds:,.0f}", few if samples is None else f"{samples:,.0f}"]
+        for word in targets:
+            reached = row[f"seconds to {word}"], row[f"samples to {word}"]
+            cells += ["-" if number is None else f"{number:,.0f}" for number in reached]
         shown.add_row(*cells)
     return shown
 

@@ -165,6 +165,11 @@ class RunConfig(AddaxConfig):
             self.method != "adazeta" or isinstance(self.adapter, TensorTrainConfig),
             "method adazeta trains tensor-train adapters: leave adapter out, or take method: mezo",
         )
+        require(
+            self.method not in (*BASELINES, "ip-sgd")
+            or (self.queries == 1 and self.directions == "shared" and self.query_schedule is None),
+            f"method {self.method} probes no directions: leave queries, directions and query_schedule out",
+        )
         require(0 <= self.momentum < 1, f"momentum is {self.momentum}: it must lie in [0, 1)")
         require(
             0 <= self.max_grad_norm < math.inf,

@@ -77,6 +77,7 @@ class Summary:
     seconds_per_step: _Number  # nan where the lines of all steps were lost
     wire_bytes_per_step: dict[str, _Count]
     peak_memory_bytes: Annotated[list[_Count], Field(min_length=1)]
+    step_memory_bytes: Annotated[list[_Count], Field(min_length=1)]
     seconds_total: _Number
     final_digest: StrictStr
     accuracy_before: _Finite | None = None

@@ -211,7 +211,7 @@ def _draw_memory(axes: Axes, run: _Run) -> None:
     peak = max(run.summary["peak_memory_bytes"])
     own = np.array([record["memory_bytes"] for record in run.steps], dtype=float)
     scale, unit = _byte_unit(max(peak, own.max()))
-    _line(axes, run.x, own / scale, _OTHER, "rank 0, up to this step")
+    _line(axes, run.x, own / scale, _OTHER, "rank 0, in this step")
     axes.axhline(peak / scale, color=_INK, linestyle=":", label=f"peak of all ranks, {_size(peak)}")
     axes.set_ylim(0, 1.15 * max(peak, own.max()) / scale or 1.0)
     _finish_steps(axes, run, "Peak memory", f"memory ({unit})")
@@ -243,7 +243,7 @@ _PLOTS: dict[str, tuple[Callable[[Axes, _Run], None], str]] = {
     ),
     "memory": (
         _draw_memory,
-        "The most memory that has been in use up to each step. It should be level after the first few steps; "
+        "The most memory that was in use in each step. It should be level after the first few steps; "
         "a line that keeps climbing is a leak.",
     ),
 }

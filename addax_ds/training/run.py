@@ -4,9 +4,7 @@ import dataclasses
 import hashlib
 import math
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +29,7 @@ from addax_ds.training.evaluation import EvaluationStoppedError, evaluate, metri
 from addax_ds.training.export import export, export_adapter
 from addax_ds.training.finite import check_model
 from addax_ds.training.folder import SUMMARY, can_resume, finished, open_folder
+from addax_ds.training.memory import PeakMemory
 from addax_ds.training.metrics import read_metrics, write_json
 from addax_ds.training.models import (
     accepted,
@@ -164,11 +163,12 @@ def _train(
     say(f"before: {metric} {before[metric]:.3f} on {len(prepared.held_out)} held-out samples")
     state.begin(before, lambda: score_of(prepared.dev or prepared.held_out))
 
-    first = state.steps
+    first, memory = state.steps, PeakMemory()
     progress = tqdm(total=config.steps, initial=first, disable=not world.is_main, unit="step", mininterval=0.5)
     wire: WireCounter | None = None
     for step in range(first, config.steps):
         begun = time.monotonic()
+        memory.begin_step()
         samples = step_samples(config, pools, step)
         zo, fo = step_batches(config, prepared, samples, inputs, engine.device)
         optimizer.queries = queries_of(config, pools, step)
@@ -184,7 +184,7 @@ def _train(
             say(f"perturb: {optimizer.placement} ({optimizer.placement_reason})")
         elapsed = time.monotonic() - begun
         tokens = _tokens(zo) * 2 * optimizer.queries + _tokens(fo)
-        metrics.update(seconds=elapsed, tokens=tokens, memory_bytes=peak_memory(world))
+        metrics.update(seconds=elapsed, tokens=tokens, memory_bytes=memory.end_step())
         progress.set_postfix(_postfix(metrics, tokens / elapsed), refresh=False)
         progress.update()
         state.took(metrics, samples, request.received)
@@ -207,8 +207,8 @@ def _train(
             export(engine, prepared.tokenizer, target)
         else:
             export_adapter(engine, config, target)
-    peaks = [0] * world.size
-    dist.all_gather_object(peaks, peak_memory(world))
+    peaks = [(0, 0)] * world.size
+    dist.all_gather_object(peaks, (memory.in_all, memory.in_steps))
 
     def summarize() -> dict[str, Any]:
         records = read_metrics(folder)
@@ -230,7 +230,8 @@ def _train(
             **{f"dev_{name}": value for name, value in dev.items()},
             "seconds_per_step": statistics.median([record["seconds"] for record in records] or [math.nan]),
             "wire_bytes_per_step": dict(wire.received) if wire is not None else {},
-            "peak_memory_bytes": peaks,
+            "peak_memory_bytes": [in_all for in_all, _ in peaks],
+            "step_memory_bytes": [in_steps for _, in_steps in peaks],
             "seconds_total": time.monotonic() - started,
             "final_digest": digest,
         }
@@ -323,14 +324,6 @@ def learning_rate(config: RunConfig, step: int) -> float:
         "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
     }
     return config.lr * shapes[config.schedule](progress)
-
-
-def peak_memory(world: World) -> int:
-    """Most bytes this rank has held: of the GPU's memory, or resident without one."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def score_only(config: RunConfig) -> dict[str, Any] | None:

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from addax_ds import UserError
-from addax_ds.adapters import TensorTrainAdapter, add_adapters, merge
+from addax_ds.adapters import TensorTrainAdapter, add_adapters, merge, through_peft
 from addax_ds.adapters.attach import adapted
 from addax_ds.adapters.files import adapter_weights, load_adapters, whole_backbone_digest, write_adapters
-from addax_ds.config import TensorTrainConfig, build
+from addax_ds.config import LoraConfig, TensorTrainConfig, build
 
 LIKE_LLAMA = {
     "vocab_size": 97,
@@ -224,6 +224,28 @@ def test_a_changed_configuration_is_one_line(folder, change, words):
     with pytest.raises(UserError, match=words):
         load_adapters(model, folder)
     assert [name for name, _ in model.named_parameters()] == before
+
+
+# -- size ---------------------------------------------------------------------------------------
+
+LLAMA_2_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+
+
+def test_adapters_are_at_least_80_percent_smaller_than_lora_of_rank_8():
+    pytest.importorskip("peft")
+
+    def trained(wrap) -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(LLAMA_2_7B)
+            return sum(p.numel() for p in wrap(model).parameters() if p.requires_grad)
+
+    def adapted_model(model: nn.Module) -> nn.Module:
+        add_adapters(model, TensorTrainConfig())
+        return model
+
+    lora = trained(lambda model: through_peft.add(model, LoraConfig(rank=8)))
+    assert lora == 32 * 2 * 2 * 8 * 4096  # blocks, queries and values, two matrices
+    assert trained(adapted_model) <= 0.2 * lora
 
 
 # -- merging ------------------------------------------------------------------------------------

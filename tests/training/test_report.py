@@ -61,6 +61,7 @@ def make_run(folder, *, steps=20, alpha=0.5, lt=24, skipped=(), queries=1, metri
         "seconds_per_step": 0.8123,
         "wire_bytes_per_step": {"all_gather": 538 * 2**20, "reduce_scatter": 96},
         "peak_memory_bytes": [2**30, 3 * 2**29],
+        "step_memory_bytes": [2**29, 2**30],
         "seconds_total": 4000.0,
         "final_digest": DIGEST,
     }

@@ -85,6 +85,8 @@ def test_the_run_folder_holds_what_scripts_rely_on(fit):
     assert summary["wire_bytes_per_step"] == {}, "one process has no wire"
     (peak,) = summary["peak_memory_bytes"]
     assert 2**25 < peak < 2**33
+    assert [max(record["memory_bytes"] for record in done.steps)] == summary["step_memory_bytes"]
+    assert 2**25 < summary["step_memory_bytes"][0] <= peak
     assert 0 < summary["seconds_per_step"] < summary["seconds_total"]
     assert len(bytes.fromhex(summary["final_digest"])) == 32
     lengths = json.loads((done.folder / "lengths.json").read_text())
