@@ -6,7 +6,7 @@ import os
 from functools import cache
 from multiprocessing.context import ForkServerContext
 
-from addax_ds.engines.cpu_op import build_cpu_op
+from addax_ds.engines.ops import ADAM, COLLECTIVES, build_op
 
 ENVIRONMENT = {
     # One thread a rank: ranks share few cores, and sums must not depend on the number of cores.
@@ -24,7 +24,6 @@ _PRELOADED = [
     "transformers.models.opt.modeling_opt",
     "deepspeed",
     "rich.console",
-    "torchmetrics.functional.text",
     "pytest",
     "tests.warm",
 ]
@@ -44,9 +43,10 @@ def context() -> ForkServerContext:
         os.environ.clear()
         os.environ.update(before)
     # Here, where it costs no case its time.
-    build = context.Process(target=build_cpu_op)
-    build.start()
-    build.join()
-    if build.exitcode:
-        raise RuntimeError("DeepSpeed's CPU op cannot be built: see above")
+    for name in (COLLECTIVES, ADAM):
+        build = context.Process(target=build_op, args=(name,))
+        build.start()
+        build.join()
+        if build.exitcode:
+            raise RuntimeError(f"DeepSpeed's {name} cannot be built: see above")
     return context

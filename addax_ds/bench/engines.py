@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from addax_ds.config import RunConfig
 from addax_ds.engines.base import Engine
-from addax_ds.engines.cpu_op import build_cpu_op
 from addax_ds.engines.fsdp import shard
+from addax_ds.engines.ops import COLLECTIVES, build_op
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.training.models import load_model, locate_model
@@ -37,7 +37,7 @@ def sharded_engine(world: World, name: str, config: RunConfig) -> Engine:
         settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": ZERO3, "optimizer": {"type": "Addax"}}
         deepspeed.utils.logger.setLevel("WARNING")
         if world.local_rank == 0:
-            build_cpu_op()
+            build_op(COLLECTIVES)
         dist.barrier()
         _, wrapped, _, _ = deepspeed.initialize(model=model, config=settings)
         optimizer = wrapped.optimizer

@@ -55,3 +55,10 @@ class TaskConfig:
             specs = []  # no template, which is told with the data
         # Each record would be padded to gigabytes.
         require(not re.search(r"\d{5}", " ".join(specs)), "task.prompt pads a field to 10,000 characters or more")
+
+
+_PROTOCOL = {"train_samples": 1000, "dev_samples": 500, "eval_samples": 1000}
+_LARGE = ("sst2", "rte", "boolq", "wic", "multirc", "record", "squad", "drop")
+_SMALL = ("cb", "copa", "wsc")  # they have a few hundred samples in all
+SPLITS = {name: _PROTOCOL for name in _LARGE} | {name: {**_PROTOCOL, "dev_samples": 100} for name in _SMALL}
+"""How many samples a task by name takes unless told otherwise (Malladi et al., 2023, section 3)."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy
+from torchmetrics.functional.text import squad
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config import RunConfig
@@ -106,15 +108,16 @@ def _choice_score(scores: torch.Tensor, chunk: list[Example]) -> torch.Tensor:
     """float64 [examples, 2], 1 where the likeliest choice is right (twice, for the shape)."""
     # A row may end in scores of fillers.
     likeliest = [int(row[: len(example.choices)].argmax()) for row, example in zip(scores, chunk, strict=True)]
-    right = [best in (e.answer, *e.also_right) for best, e in zip(likeliest, chunk, strict=True)]
-    return torch.tensor(right, dtype=torch.float64).unsqueeze(1).expand(-1, 2)
+    # Any right answer will do.
+    right = [best if best in e.also_right else e.answer for best, e in zip(likeliest, chunk, strict=True)]
+    found, wanted = (torch.tensor(numbers).unsqueeze(1) for numbers in (likeliest, right))
+    most = max(scores.shape[1], 2)  # the library takes no fewer
+    hits = multiclass_accuracy(found, wanted, num_classes=most, average="micro", multidim_average="samplewise")
+    return hits.double().unsqueeze(1).expand(-1, 2)
 
 
 def _completion_score(tokens: torch.Tensor, chunk: list[Example], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """float64 [examples, 2]: exact match and F1 of each greedy answer (the SQuAD measures)."""
-    # Imported here: its import takes seconds, and most runs score label words.
-    from torchmetrics.functional.text import squad
-
     scores = []
     for example, row in zip(chunk, tokens.tolist(), strict=True):
         if tokenizer.eos_token_id in row:

@@ -29,8 +29,8 @@ from addax_ds.core.skeleton import strip
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
 from addax_ds.engines.base import Engine
 from addax_ds.engines.choose import choose_engine
-from addax_ds.engines.cpu_op import build_cpu_op
 from addax_ds.engines.fsdp import wrap
+from addax_ds.engines.ops import ADAM, COLLECTIVES, build_op
 from addax_ds.engines.replicated import Replicated
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
@@ -198,10 +198,13 @@ def read_ds_config(config: RunConfig, optimizer: str = "Addax") -> dict[str, Any
         return {**ds_config, "optimizer": {"type": optimizer, "params": hyperparameters(config)}}
     ds_config.pop("train_batch_size", None)  # which follows from what is set here
     rates = {"lr": config.lr, "weight_decay": config.weight_decay}
-    more = {"momentum": config.momentum} if optimizer == "SGD" else {"torch_adam": True}
+    if optimizer == "SGD":
+        rates["momentum"] = config.momentum
+    # What a run has no name for, such as betas, is the configuration's.
+    own = ds_config.get("optimizer", {}).get("params", {}) if kind == optimizer else {}
     return {
         **ds_config,
-        "optimizer": {"type": optimizer, "params": {**rates, **more}},
+        "optimizer": {"type": optimizer, "params": {**own, **rates}},
         "gradient_clipping": config.max_grad_norm,
         "train_micro_batch_size_per_gpu": config.fo_micro_batch,
         "zero_allow_untested_optimizer": True,
@@ -269,8 +272,14 @@ def _initialize_deepspeed(model: nn.Module, ds_config: dict[str, Any], config: R
     except ImportError:
         raise UserError("engine: deepspeed needs DeepSpeed: pip install 'addax-ds[deepspeed]'") from None
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    if world.local_rank == 0:
-        build_cpu_op()
+    optimizer = ds_config["optimizer"]
+    fused = optimizer["type"] == "AdamW" and not optimizer["params"].get("torch_adam")
+    for name in (COLLECTIVES, ADAM)[: 1 + fused] if world.local_rank == 0 else ():
+        try:
+            build_op(name)
+        except Exception as error:  # of compilers, of what looks for them, of what loads the result
+            hint = ": install its compiler, or have optimizer.params.torch_adam in ds_config" if name == ADAM else ""
+            raise UserError(f"DeepSpeed's {name.removesuffix('Builder')} cannot be built ({error}){hint}") from None
     dist.barrier()
     # Its faults come as assertions and validation errors, told from a crash only here.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

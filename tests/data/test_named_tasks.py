@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from addax_ds.config import TaskConfig, load_run
+from addax_ds.config import RunConfig, TaskConfig, load_run
+from addax_ds.config.task import SPLITS
 from addax_ds.data import sources
 from addax_ds.data.batches import collate_choices, micro_batches
 from addax_ds.data.named_tasks import HUB_TASKS, named_task
@@ -181,13 +182,27 @@ def test_a_run_of_every_task_comes_to_its_end(tiny, model, tmp_path, name):
     assert (metric == "accuracy") or 0 <= summary["f1_after"] <= 1
 
 
+def test_a_task_by_name_takes_the_protocols_samples_unless_told_otherwise():
+    def split(**settings):
+        config = RunConfig(**settings)
+        return config.train_samples, config.dev_samples, config.eval_samples
+
+    assert SPLITS.keys() == HUB_TASKS.keys()
+    assert split(data="squad") == split(data="rte:train") == (1000, 500, 1000)
+    assert split(data="copa") == (1000, 100, 1000)
+    assert split(data="sst2", dev_samples=7, train_samples=None) == (None, 7, 1000)
+    assert split(data="movies") == split(data="reviews.jsonl", task="sst2") == split() == (1000, 0, 500)
+
+
 def test_a_small_task_by_name_is_taken_whole(tiny, model, monkeypatch):
     held = {"copa": many("copa", 60), "copa:validation": many("copa", 20)}
     monkeypatch.setattr("addax_ds.training.run.load_records", lambda data: (held[data], "copa"))
     settings = ["data=copa", "task=null", f"model={model}", "train_samples=1000", "eval_samples=500"]
     prepared = prepare_inputs(load_run(str(tiny.run_file), [*settings, "dev_samples=10"]))
     assert [len(examples) for examples in (prepared.train, prepared.dev, prepared.held_out)] == [50, 10, 20]
-    prepared = prepare_inputs(load_run(str(tiny.run_file), [*settings, "train_samples=30", "eval_samples=5"]))
+    prepared = prepare_inputs(
+        load_run(str(tiny.run_file), [*settings, "train_samples=30", "dev_samples=0", "eval_samples=5"])
+    )
     assert [len(examples) for examples in (prepared.train, prepared.held_out)] == [30, 5]
     with pytest.raises(UserError, match="60 samples are too few for dev_samples=60"):
         prepare_inputs(load_run(str(tiny.run_file), [*settings, "dev_samples=60"]))

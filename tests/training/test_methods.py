@@ -46,6 +46,9 @@ def test_a_method_sets_what_it_means_and_goes_by_its_name(method):
         ({"method": "adazeta", "queries": 3}, "query_schedule and queries: set one of them"),
         ({"method": "sgd", "momentum": 1}, "momentum is 1"),
         ({"method": "sgd", "max_grad_norm": -1}, "max_grad_norm is -1"),
+        ({"method": "adamw", "queries": 2}, "method adamw probes no directions: leave queries, directions"),
+        ({"method": "ip-sgd", "directions": "per-micro-batch"}, "method ip-sgd probes no directions"),
+        ({"method": "sgd", "query_schedule": {}}, "method sgd probes no directions"),
         ({"steps": 0}, "steps is 0"),
     ],
 )

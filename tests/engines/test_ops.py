@@ -1,4 +1,4 @@
-"""A build of DeepSpeed's CPU op that was killed stops nobody after it."""
+"""A build of an op of DeepSpeed that was killed stops nobody after it."""
 
 import os
 import threading
@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory
 from torch.utils.file_baton import FileBaton
 
-from addax_ds.engines.cpu_op import build_cpu_op
+from addax_ds.engines.ops import build_op
 
 
 class Builder:
@@ -35,13 +35,13 @@ def builder(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     # First, since this is what imports the table, by way of every builder.
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, Builder.NAME, True)
-    monkeypatch.setattr(get_accelerator(), "create_op_builder", {"ShareMemCommBuilder": Builder()}.get)
+    monkeypatch.setattr(get_accelerator(), "create_op_builder", {"Some": Builder()}.get)
     monkeypatch.setattr(Builder, "built", 0)
     return Builder
 
 
 def test_nothing_in_the_way(builder):
-    build_cpu_op()
+    build_op("Some")
     assert builder.built == 1
 
 
@@ -49,14 +49,14 @@ def test_what_a_killed_build_left_behind_is_removed_once_it_is_old(builder):
     guard = builder.guard()
     guard.try_acquire()
     began = time.monotonic()
-    build_cpu_op(abandoned=1.0)
+    build_op("Some", abandoned=1.0)
     assert builder.built == 1
     assert time.monotonic() - began > 0.5
 
     guard.try_acquire()
     an_hour_ago = time.time() - 3600
     os.utime(guard.lock_file_path, (an_hour_ago, an_hour_ago))
-    build_cpu_op()
+    build_op("Some")
     assert builder.built == 2
 
 
@@ -66,7 +66,7 @@ def test_a_build_under_way_is_waited_for(builder):
     began = time.monotonic()
     timer = threading.Timer(0.5, guard.release)
     timer.start()
-    build_cpu_op()
+    build_op("Some")
     timer.join()
     assert builder.built == 1
     assert 0.4 < time.monotonic() - began < 30
@@ -74,5 +74,5 @@ def test_a_build_under_way_is_waited_for(builder):
 
 def test_an_accelerator_without_the_op_needs_no_build(builder, monkeypatch):
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, Builder.NAME, False)
-    build_cpu_op()
+    build_op("Some")
     assert builder.built == 0
