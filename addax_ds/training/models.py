@@ -191,9 +191,8 @@ def read_ds_config(config: RunConfig, optimizer: str = "Addax") -> dict[str, Any
     wants_bf16 = bool(ds_config.get("bf16", {}).get("enabled", config.dtype == "bfloat16"))
     if wants_bf16 != (config.dtype == "bfloat16"):
         raise UserError(f"ds_config {path}: bf16.enabled is {wants_bf16} but dtype is {config.dtype}: make them agree")
-    # DeepSpeed would cast adapters with their backbone, and Addax trains them in float32 beside it.
-    casts = wants_bf16 and (config.adapter is None or optimizer != "Addax")
-    ds_config["bf16"] = {**ds_config.get("bf16", {}), "enabled": casts}
+    # DeepSpeed would cast adapters with their backbone, beside which they are trained in float32.
+    ds_config["bf16"] = {**ds_config.get("bf16", {}), "enabled": wants_bf16 and config.adapter is None}
     if optimizer == "Addax":
         return {**ds_config, "optimizer": {"type": optimizer, "params": hyperparameters(config)}}
     ds_config.pop("train_batch_size", None)  # which follows from what is set here

@@ -1,17 +1,21 @@
 """Runs of every method: what a name sets, and baselines that take the same steps on every engine."""
 
+import dataclasses
 import math
 import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from addax_ds.adapters.files import WEIGHTS
 from addax_ds.config import METHODS, LoraConfig, RunConfig, load_run
 from addax_ds.data.partition import partition
 from addax_ds.errors import UserError
 from addax_ds.loss import choice_loss
 from addax_ds.training.metrics import read_json, read_metrics
+from addax_ds.training.models import load_model
 from addax_ds.training.run import prepare_inputs, step_batches, step_samples
 from tests.cli.commands import run
 from tests.launch.processes import ROOT
@@ -74,26 +78,31 @@ def test_a_method_on_the_command_line_takes_the_place_of_what_the_file_says(tmp_
 
 
 def expected_weights(config):
-    """The run's steps written out with torch alone."""
+    """What is trained, before and after the run's steps written out with torch (and peft) alone; gradient norms."""
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
-    model = AutoModelForCausalLM.from_pretrained(prepared.location).eval()
+    model = load_model(prepared.location, dataclasses.replace(config, dtype="float32")).eval()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    begun = {name: parameter.detach().clone() for name, parameter in trained.items()}
     if config.method == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        optimizer = torch.optim.SGD(trained.values(), config.lr, config.momentum, weight_decay=config.weight_decay)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay)
     inputs = frozenset(("input_ids", "attention_mask", "position_ids"))
     norms = []
     for step in range(config.steps):
         _, fo = step_batches(config, prepared, step_samples(config, pools, step), inputs, torch.device("cpu"))
         losses = torch.cat([choice_loss(model, batch) for batch in fo])
         losses.mean().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm or math.inf).item())
         optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
         optimizer.step()
         optimizer.zero_grad()
-    begun = AutoModelForCausalLM.from_pretrained(prepared.location).state_dict()
-    return begun, model.state_dict(), norms
+    return begun, {name: parameter.detach() for name, parameter in trained.items()}, norms
+
+
+def distance(some, others):
+    return math.sqrt(sum((some[name] - weight).square().sum().item() for name, weight in others.items()))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -108,12 +117,8 @@ def test_baselines_take_the_steps_of_torch(tiny, tmp_path, method, engine, ranks
     records, summary = read_metrics(tmp_path / "out"), read_json(tmp_path / "out" / "summary.json")
     assert [record["gradient_norm"] for record in records] == pytest.approx(norms, rel=1e-4)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
-    missed, moved = (
-        math.sqrt(sum((weights[name] - weight).square().sum().item() for name, weight in expected.items()))
-        for weights in (written, begun)
-    )
     # AdamW divides by the root of squares, which makes whole steps of the rounding of gradients near zero.
-    assert missed <= {"sgd": 1e-4, "adamw": 1e-2}[method] * moved
+    assert distance(written, expected) <= {"sgd": 1e-4, "adamw": 1e-2}[method] * distance(begun, expected)
     assert summary["method"] == method and summary["engine"] == engine
     assert "accuracy" in records[1]
     assert not (tmp_path / "out" / "checkpoints").exists()
@@ -131,6 +136,23 @@ def test_in_bfloat16_baselines_keep_float32_weights(tiny, tmp_path, engine):
         for folder in (tiny.model, tmp_path / "out" / "model")
     )
     assert (before == 1).all() and (after != 1).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lora_with_adamw_takes_the_steps_of_torch_and_peft(tiny, tmp_path, engine, dtype):
+    words = ["method=adamw", "lr=0.02", "k1=5", "fo_micro_batch=1", "steps=4", "max_grad_norm=0.5"]
+    words += ["adapter.kind=lora", "adapter.rank=4", f"dtype={dtype}"]
+    run("train", tiny.run_file, *words, *ENGINES[engine], "output=out", cwd=tmp_path, ranks=2).check()
+    begun, expected, norms = expected_weights(load_run(str(tiny.run_file), words))
+    assert max(norms) > 0.5, "nothing was clipped"
+    written = load_file(tmp_path / "out" / "adapter" / WEIGHTS)
+    expected = {name.replace(".default", ""): weight for name, weight in expected.items()}
+    assert written.keys() == expected.keys()
+    begun = {name.replace(".default", ""): weight for name, weight in begun.items()}
+    # In bfloat16 forwards and backwards round; the steps are those of float32 weights all the same.
+    near = {"float32": 1e-2, "bfloat16": 0.2}[dtype]
+    assert distance(written, expected) <= near * distance(begun, expected)
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
