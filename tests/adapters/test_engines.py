@@ -74,7 +74,7 @@ def take_steps(engine: str, adapter: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("adapter", "kind"),
     [
-        *(("tensor-train", kind) for kind in ("llama-untied", "opt", "bert")),
+        *(("tensor-train", kind) for kind in ("llama-untied", "opt", "bert", "roberta", "qwen2", "qwen3")),
         *((adapter, kind) for adapter in ("lora", "prefix") for kind in ("llama-tied", "opt")),
     ],
 )

@@ -194,6 +194,10 @@ BEFORE_START = {
     ),
     "label field that no record has": ([RUN, "task.label=class"], ["task.label names field class"]),
     "one label word": ([RUN, 'task.labels={"0": " dull"}'], ["task.labels needs two classes"]),
+    "label words that begin alike": (
+        [RUN, 'task.labels={"0": " fine film", "1": " fine plot"}'],
+        ["begins with the token of another label word"],
+    ),
     "labels and a completion": ([RUN, "task.completion=label"], ["either labels or completion"]),
     "sample longer than the context": (
         [RUN, "data=BAD/long.jsonl", "train_samples=null"],
@@ -217,6 +221,32 @@ def test_a_fault_in_the_settings_or_the_data_is_named_before_anything_starts(bad
     with pytest.raises(SystemExit) as stop:
         main()
     assert_refused(stop.value.code, capfd.readouterr().err, words, tmp_path)
+
+
+COMPARISONS = {
+    "that does not exist": (None, ["No such file"]),
+    "that is not YAML": ("run: [", ["not YAML"]),
+    "without methods": ("{run: {dev_samples: 4}, methods: {}}", ["methods is empty"]),
+    "with a setting nobody knows": ("{run: {stepz: 1}, methods: {a: {}}}", ["methods: a: unknown key stepz"]),
+    "with grids of different sizes": (
+        "{run: {dev_samples: 4}, methods: {a: {grid: {lr: [1, 2]}}, b: {}}}",
+        ["grids differ in size (a 2, b 1 points)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_that_is_wrong_is_named_before_anything_runs(name, tmp_path, monkeypatch, capfd):
+    content, words = COMPARISONS[name]
+    file, folder = tmp_path / "compare.yaml", tmp_path / "folder"
+    folder.mkdir()
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["addax-ds", "compare", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert_refused(stop.value.code, capfd.readouterr().err, words, folder)
 
 
 @pytest.mark.parametrize("settings", [["output=BAD/old_run"], ["output=BAD/old_model"], ["output=BAD/run.yaml"]])

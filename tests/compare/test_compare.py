@@ -3,6 +3,11 @@
 import dataclasses
 import io
 import json
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
 
 import pytest
 import yaml
@@ -166,3 +171,38 @@ def test_methods_are_compared_and_what_is_done_is_not_run_again(tiny, tmp_path):
     assert len(made) == 7
     run("compare", file, "--output", "out", cwd=tmp_path, seconds=500, plots=True).check()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")} == made
+
+
+def asked_to_end_in_the_second_run() -> None:
+    """What a scheduler that takes the machine back asks of the comparison alone."""
+    begin, begun = subprocess.Popen, []
+
+    def beginning(*words, **options):
+        begun.append(begin(*words, **options))
+        if len(begun) == 2:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return begun[-1]
+
+    subprocess.Popen = beginning
+
+
+def running_below(folder):
+    """Command lines of processes that were told to write there."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
+    return [line for line in lines if os.fsencode(folder) in line]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked for where Linux lists them")
+@pytest.mark.timeout(600)  # five runs of a few steps, each in a process of its own
+def test_a_comparison_that_is_ended_takes_its_run_along_and_goes_on(tiny, tmp_path):
+    file = tmp_path / "compare.yaml"
+    file.write_text(yaml.safe_dump({"run": shared(tiny), "methods": {"addax": {"alpha": 0.01}}}))
+    out = tmp_path / "out"
+    ended = run("compare", file, "--output", out, cwd=tmp_path, seconds=300, before=asked_to_end_in_the_second_run)
+    assert ended.status == 143 and not running_below(out / "addax")
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+    assert len(made) == 1 and not (out / "comparison.json").exists()
+    run("compare", file, "--output", out, cwd=tmp_path, seconds=300, plots=True).check()
+    summaries = [*out.rglob("summary.json")]
+    assert len(summaries) == 3 and all(path.stat().st_mtime_ns == when for path, when in made.items())
+    assert json.loads((out / "comparison.json").read_text())["rows"][0]["runs"] == 3

@@ -9,6 +9,7 @@ from addax_ds.config import RunConfig, TaskConfig, load_run
 from addax_ds.config.task import SPLITS
 from addax_ds.data import sources
 from addax_ds.data.batches import collate_choices, micro_batches
+from addax_ds.data.embedded import EMBEDDED_DATA
 from addax_ds.data.named_tasks import HUB_TASKS, named_task
 from addax_ds.data.sources import held_out_beside, load_records
 from addax_ds.data.tasks import encode
@@ -114,7 +115,7 @@ def model(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long") / "model"
     shutil.copytree(tiny.model, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
     return folder
 
 
@@ -180,6 +181,14 @@ def test_a_run_of_every_task_comes_to_its_end(tiny, model, tmp_path, name):
     metric = "exact_match" if name in ("squad", "drop") else "accuracy"
     assert summary["metric_name"] == metric and 0 <= summary[f"{metric}_after"] <= 1
     assert (metric == "accuracy") or 0 <= summary["f1_after"] <= 1
+
+
+@pytest.mark.parametrize("name", EMBEDDED_DATA)
+def test_a_run_of_embedded_data_comes_to_its_end(tiny, model, tmp_path, name):
+    words = [f"data={name}", "task=null", "train_samples=40", "eval_samples=8", "steps=2", "save=false", "lt=auto"]
+    run("train", tiny.run_file, *words, f"model={model}", "output=out", cwd=tmp_path).check()
+    summary = read_json(tmp_path / "out" / "summary.json")
+    assert summary["metric_name"] == "accuracy" and 0 <= summary["accuracy_after"] <= 1
 
 
 def test_a_task_by_name_takes_the_protocols_samples_unless_told_otherwise():

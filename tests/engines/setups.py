@@ -28,8 +28,12 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 import addax_ds
@@ -96,18 +100,16 @@ def _opt(**changes: Any) -> nn.Module:
     return OPTForCausalLM(OPTConfig(**settings))
 
 
-def _bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=21,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=3,
-            max_position_embeddings=33,
-            num_labels=2,
-        )
-    )
+_LIKE_BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 21,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 33,
+    "num_labels": 2,
+}
+CLASSIFIERS = ("bert", "roberta")
 
 
 def _gpt2() -> nn.Module:
@@ -133,8 +135,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama-untied": lambda: _llama(tied=False),
     "opt": _opt,
     "opt-dropout": lambda: _opt(dropout=0.5, attention_dropout=0.3),
-    "bert": _bert,
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_LIKE_BERT)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_LIKE_BERT)),
     "gpt2": _gpt2,
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_LIKE_LLAMA)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LIKE_LLAMA)),
     # Its grouped products need rows of 16 bytes.
     "mixtral": lambda: MixtralForCausalLM(
@@ -174,7 +178,7 @@ def batch_for(name: str, samples: int, tokens: int, seed: int = 0) -> dict[str, 
     ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[samples // 2 :, tokens - 2 :] = 0
-    if name == "bert":
+    if name in CLASSIFIERS:
         labels = torch.randint(0, 2, (samples,), generator=generator)
     else:
         labels = ids.masked_fill(mask == 0, -100)
@@ -190,7 +194,7 @@ def class_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 def loss_for(name: str) -> Callable:
     """The per-sample loss of a model."""
-    return class_loss if name == "bert" else addax_ds.token_loss
+    return class_loss if name in CLASSIFIERS else addax_ds.token_loss
 
 
 @dataclass
