@@ -1,6 +1,7 @@
 """Runs of every method: what a name sets, and baselines that take the same steps on every engine."""
 
 import dataclasses
+import json
 import math
 import signal
 
@@ -124,6 +125,42 @@ def test_baselines_take_the_steps_of_torch(tiny, tmp_path, method, engine, ranks
     assert not (tmp_path / "out" / "checkpoints").exists()
     again = run("eval", "out", cwd=tmp_path).check()
     assert f'"accuracy": {summary["accuracy_after"]}' in again.output
+
+
+def test_what_a_run_has_no_name_for_is_the_ds_configs(tiny, tmp_path):
+    """Betas of 0 make steps of sign descent, which the usual ones do not."""
+    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
+    own = {"torch_adam": True, "betas": [0.0, 0.0], "lr": 7.0}
+    (tmp_path / "ds.json").write_text(json.dumps({**config, "optimizer": {"type": "AdamW", "params": own}}))
+    words = ["method=adamw", "lr=0.01", "k1=4", "fo_micro_batch=4", "steps=1", "weight_decay=0", "max_grad_norm=0"]
+    words += ["engine=deepspeed", "ds_config=ds.json", "schedule=constant", "output=out"]
+    run("train", tiny.run_file, *words, cwd=tmp_path, before=without_compilers).check()
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
+        for folder in (tiny.model, tmp_path / "out" / "model")
+    )
+    moved = (after - before).abs().view(-1)
+    assert moved.median().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def without_compilers() -> None:
+    """As on a machine on which DeepSpeed's Adam cannot be built."""
+    from addax_ds.engines.ops import ADAM
+    from addax_ds.training import models
+
+    def build_op(name: str) -> None:
+        if name == ADAM:
+            raise RuntimeError("Ninja is required to load C++ extensions")
+
+    models.build_op = build_op
+
+
+def test_an_adam_that_cannot_be_built_is_one_line(tiny, tmp_path):
+    words = ["method=adamw", *ZERO, "output=out"]
+    ended = run("train", tiny.run_file, *words, cwd=tmp_path, ranks=2, before=without_compilers)
+    assert ended.status == 2 and all(ended.statuses)
+    assert "DeepSpeed's FusedAdam cannot be built (Ninja is required" in ended.error
+    assert "Traceback" not in ended.error
 
 
 @pytest.mark.parametrize("engine", ENGINES)
