@@ -18,5 +18,5 @@ echo "installing into $venv (a few minutes, once)"
 "$venv/bin/pip" install --quiet "$(grep '^torch==' launch/constraints.txt)"
 "$venv/bin/pip" install --quiet --constraint launch/constraints.txt --editable '.[deepspeed,mpi,train,test]'
 # DeepSpeed compiles an op at its first start on CPUs.
-"$venv/bin/python" -c 'from addax_ds.engines.cpu_op import build_cpu_op; build_cpu_op()'
+"$venv/bin/python" -c 'from addax_ds.engines.ops import COLLECTIVES, build_op; build_op(COLLECTIVES)'
 touch "$stamp"
