@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ class Result:
     folder: Path
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
     course: tuple[Score, ...] = ()
+    losses: tuple[float, float] | None = None
+    """Mean training loss in the first fifth of the steps and in the last; None of a run without steps."""
     fault: str = ""
 
     @property
@@ -81,7 +84,22 @@ def read_result(trial: Trial, folder: Path) -> Result:
     ]
     if records:
         course.append(Score(seconds[-1], samples[-1], summary[f"dev_{metric}"]))
-    return Result(trial, folder, summary, tuple(course))
+    return Result(trial, folder, summary, tuple(course), _losses(records))
+
+
+def _losses(records: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """A step of both orders counts by the mean of its two."""
+    losses = [loss for loss in map(_loss, records) if math.isfinite(loss)]
+    if not losses:
+        return None
+    fifth = -(-len(losses) // 5)
+    return statistics.fmean(losses[:fifth]), statistics.fmean(losses[-fifth:])
+
+
+def _loss(record: dict[str, Any]) -> float:
+    zo, fo = record["loss_zo"], record["loss_fo"]
+    told = [statistics.fmean([*zo["plus"], *zo["minus"]])] if zo else []
+    return statistics.fmean(told + ([fo] if fo is not None else []))
 
 
 def _metric(summary: dict[str, Any]) -> str:
@@ -143,6 +161,7 @@ def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, An
             "peak memory bytes": max(max(s["step_memory_bytes"]) or max(s["peak_memory_bytes"]) for s in summaries),
             "wire bytes per step": max(sum(s["wire_bytes_per_step"].values()) for s in summaries),
             "trainable parameters": summaries[0]["trainable_parameters"],
+            "losses": [statistics.fmean(at) for at in zip(*(r.losses for r in good if r.losses), strict=True)] or None,
         }
         for word, target in targets.items():
             reached = next((score for score in courses[method] if score.score >= target), None)
@@ -171,7 +190,7 @@ def write(comparison: Comparison, results: Sequence[Result], output: Path) -> Pa
 def table(comparison: Comparison, results: Sequence[Result]) -> Table:
     """The rows for the terminal."""
     shown = Table(title=escape(f"{comparison.run.get('model', 'model')} on {comparison.run.get('data', 'data')}"))
-    for column in ("method", "best of", "score", "s/step", "peak", "wire/step", "trained"):
+    for column in ("method", "best of", "score", "loss", "s/step", "peak", "wire/step", "trained"):
         shown.add_column(column, justify="left" if column in ("method", "best of") else "right")
     targets = _targets(comparison, _courses(comparison, results))
     for word, target in targets.items():
@@ -189,6 +208,7 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
             escape(row["method"]),
             escape(f"{row['points tried']}: {point}") if point else "-",
             f"{row['metric']} {row['score']:.3f}{spread} ({row['runs']} runs{diverged})",
+            " → ".join(f"{loss:.2f}" for loss in row["losses"] or ()) or "-",
             "-" if row["seconds per step"] is None else f"{row['seconds per step']:.2f}",
             f"{row['peak memory bytes'] / 2**30:.2f} GiB",
             f"{row['wire bytes per step'] / 1e6:,.0f} MB",

@@ -155,6 +155,14 @@ def test_a_method_that_diverges_everywhere_keeps_its_row(tiny, tmp_path):
     assert write(planned, results, tmp_path).exists()
 
 
+def mean_loss(output, step):
+    """Of the runs with every seed in a step of both orders, a fifth of four steps being one."""
+    records = [json.loads(path.read_text().splitlines()[step]) for path in output.glob("addax/lr-0.3*/metrics.jsonl")]
+    assert len(records) == 3
+    both = [(*r["loss_zo"]["plus"], *r["loss_zo"]["minus"], 2 * r["loss_fo"]) for r in records]
+    return sum(map(sum, both)) / 12
+
+
 @pytest.mark.timeout(600)  # seven runs of a few steps, each in a process of its own
 def test_methods_are_compared_and_what_is_done_is_not_run_again(tiny, tmp_path):
     file = tmp_path / "compare.yaml"
@@ -166,7 +174,9 @@ def test_methods_are_compared_and_what_is_done_is_not_run_again(tiny, tmp_path):
     addax, zero_shot = told["rows"]
     assert addax["best point"] == {"lr": 0.3} and addax["runs"] == 3  # the other point is too large
     assert addax["seconds to 0.1"] > 0 and addax["seconds to 1.1"] is None
+    assert addax["losses"] == pytest.approx([mean_loss(tmp_path / "out", step) for step in (0, 3)])
     assert zero_shot["best point"] == {} and zero_shot["runs"] == 3 and zero_shot["seconds per step"] is None
+    assert zero_shot["losses"] is None
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
     assert len(made) == 7
     run("compare", file, "--output", "out", cwd=tmp_path, seconds=500, plots=True).check()
