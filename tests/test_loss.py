@@ -1,9 +1,13 @@
 """The default loss: mean cross entropy over each sample's label tokens."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from addax_ds.adapters.choose import adapt
+from addax_ds.config import LoraConfig, PrefixConfig
 from addax_ds.loss import IGNORED, takes_logits_to_keep, token_loss
 
 
@@ -80,10 +84,13 @@ def test_logits_at_label_positions_only_give_the_same_loss_and_gradient(model, s
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
 
-def test_only_label_positions_reach_the_head(model):
+@pytest.mark.parametrize("adapter", [None, LoraConfig(rank=2), PrefixConfig(tokens=2)])
+def test_only_label_positions_reach_the_head(model, adapter):
     seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    token_loss(model, batch("left"))
+    adapted = adapt(copy.deepcopy(model), adapter, None, seed=0) if adapter else model
+    head = next(module for name, module in adapted.named_modules() if name.endswith("lm_head"))
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    token_loss(adapted, batch("left"))
     handle.remove()
     assert seen == [(3, 3, 31)]  # of 6 positions, the 3 before a label
 
