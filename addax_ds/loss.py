@@ -80,6 +80,6 @@ def _logits_at(model: nn.Module, inputs: Mapping[str, torch.Tensor], columns: to
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether the model can compute logits at chosen positions (most Hugging Face decoders)."""
-    inside = getattr(model, "module", model)  # a DeepSpeed engine's forward takes anything, as peft's does
+    inside: Any = getattr(model, "module", model)  # a DeepSpeed engine's forward takes anything, as peft's does
     inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
     return "logits_to_keep" in inspect.signature(inside.forward).parameters

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+
+from addax_ds.terminal import show_whole
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Bench:
             table.add_column(column.replace("_", " "), justify="left" if text else "right")
         for row in self.rows:
             table.add_row(*(_format(row.get(column)) for column in columns))
-        Console().print(table)
+        show_whole(table)
 
     def write(self, path: Path) -> None:
         """Write the table as JSON."""

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from addax_ds.compare.execute import execute
 from addax_ds.compare.plan import check, load_comparison
 from addax_ds.compare.results import PLOT, table, write
+from addax_ds.terminal import show_whole
 
 
 def compare(file: Path, output: Path) -> None:
@@ -14,6 +13,6 @@ def compare(file: Path, output: Path) -> None:
     comparison = load_comparison(file)
     check(comparison)
     results = execute(comparison, output)
-    Console().print(table(comparison, results))
+    show_whole(table(comparison, results))
     path = write(comparison, results, output)
     print(f"table: {path}, plot: {path.with_name(PLOT)}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -223,22 +224,24 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
 
 def _plot(comparison: Comparison, results: Sequence[Result], path: Path) -> None:
     """Scores in the course of the runs, by seconds and by samples: mean and range over seeds."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     by_seconds, by_samples = figure.subplots(1, 2, sharey=True)
     for number, method in enumerate(comparison.methods):
         courses = [r.course for r in results if r.trial.method == method and r.course]
         if not courses:
             flat = [r.dev_score for r in results if r.trial.method == method and not r.fault]
             for axes in (by_seconds, by_samples) if flat else ():
-                axes.axhline(statistics.fmean(flat), color=f"C{number}", linestyle=":", label=method)
+                axes.axhline(statistics.fmean(flat), color=_colour(number), linestyle=":", label=method)
             continue
         together = list(zip(*courses, strict=False))
         scores = [[score.score for score in at] for at in together]
         means = [statistics.fmean(at) for at in scores]
         for axes, kind in ((by_seconds, "seconds"), (by_samples, "samples")):
             x = [statistics.fmean(getattr(score, kind) for score in at) for at in together]
-            axes.plot(x, means, "o-", markersize=3, color=f"C{number}", label=method)
-            axes.fill_between(x, [min(at) for at in scores], [max(at) for at in scores], color=f"C{number}", alpha=0.15)
+            axes.plot(x, means, "o-", markersize=3, color=_colour(number), label=method)
+            axes.fill_between(
+                x, [min(at) for at in scores], [max(at) for at in scores], color=_colour(number), alpha=0.15
+            )
     metric = next((r.metric for r in results if not r.fault), "score")
     by_seconds.set(xlabel="seconds in training steps", ylabel=f"{metric} on the dev samples", xscale="log")
     by_samples.set(xlabel="samples taken into steps", xscale="log")
@@ -246,5 +249,10 @@ def _plot(comparison: Comparison, results: Sequence[Result], path: Path) -> None
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    by_samples.legend(frameon=False, fontsize="small")
+    figure.legend(*by_samples.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _colour(number: int) -> Any:
+    """Twenty that differ; the strong ones first."""
+    return colormaps["tab20"](number * 2 % 20 + number // 10 % 2)

@@ -66,7 +66,7 @@ def test_adazeta_learns(tiny, tmp_path):
 def test_adazeta_by_name_is_its_adapters_and_its_schedule(tiny, tmp_path):
     words = ["train", tiny.run_file, "adapter.bottleneck=8", "adapter.kind=tensor-train", "k0=40", "steps=5"]
     run(*words, "method=adazeta", "query_schedule.alpha=2", "output=named", cwd=tmp_path).check()
-    spelt = ["alpha=1", "lt=none", "query_schedule.alpha=2"]
+    spelt = ["alpha=1", "lt=none", "eps=1e-2", "query_schedule.alpha=2"]
     run(*words, *spelt, "output=spelt", cwd=tmp_path).check()
     named, spelt = (read_json(tmp_path / name / "summary.json") for name in ("named", "spelt"))
     assert named["final_digest"] == spelt["final_digest"] and named["method"] == spelt["method"] == "adazeta"
