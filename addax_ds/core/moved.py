@@ -16,6 +16,9 @@ from addax_ds.core.scratch import aligned
 # enough for a product at full speed.
 CHUNK = 1 << 22
 
+LINEAR: Any = torch._C._nn.linear
+"""torch's own, which libraries replace under `functional.linear`."""
+
 
 def is_made_where_read(module: nn.Module, local: str, weight: torch.Tensor, in_block: bool) -> bool:
     """Whether a module's weight is worth a `Moved` in place of a copy.
@@ -54,7 +57,7 @@ class Moved(torch.Tensor):
             ids, weight = _inputs(*args, **kwargs)[:2]
             if isinstance(weight, cls):
                 return weight._look_up(ids)
-        if function is functional.linear:
+        if function is LINEAR:
             input, weight, bias = _inputs(*args, **kwargs)
             if isinstance(weight, cls):
                 return weight._multiply(input, bias)
@@ -99,7 +102,7 @@ class Moved(torch.Tensor):
         out: Any = None
         for begin in range(0, height, rows):
             end = min(begin + rows, height)
-            part = functional.linear(input, self._part(begin, end, memory), None if bias is None else bias[begin:end])
+            part = LINEAR(input, self._part(begin, end, memory), None if bias is None else bias[begin:end])
             if out is None:  # only now is autocast's dtype known
                 out = part.new_empty(*part.shape[:-1], height)
             out[..., begin:end] = part

@@ -11,10 +11,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
+from torch.nn import functional
 
+from addax_ds.core.moved import LINEAR, Moved
 from addax_ds.core.shard import Shard
 from addax_ds.engines.base import OnGradient, ShardedEngine
 from addax_ds.engines.host_forward import HostForward
@@ -29,6 +32,8 @@ class Zero3(ShardedEngine):
         self, model: nn.Module, skeleton: nn.Module, offload: DeepSpeedZeRoOffload, device: torch.device
     ) -> None:
         super().__init__(model, skeleton)
+        if functional.linear is zero3_linear_wrap:  # put there for the whole process, as ours then is
+            functional.linear = _linear
         self._offload = offload
         self._device = device
         # Captured once: reading module._parameters inside a forward makes DeepSpeed register the
@@ -182,3 +187,9 @@ def _forget_secondary(parameters: Iterable) -> None:
     """Drop the copies of hpZ, which DeepSpeed makes at every release and prefers to the shards."""
     for parameter in parameters:
         parameter.ds_secondary_tensor = None
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """DeepSpeed's linear function, which would ask for the whole copy of a head that guests make in pieces."""
+    linear = LINEAR if isinstance(weight, Moved) else zero3_linear_wrap
+    return linear(input, weight, bias)

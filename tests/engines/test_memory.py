@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import addax_ds
+from addax_ds.core import moved
 from tests.engines.setups import running
 from tests.world import World
 
@@ -121,3 +122,19 @@ def keep_logits() -> None:
             count("replicated")
     finally:
         addax_ds.token_loss = token_loss
+
+
+def head_in_pieces(engine: str) -> None:
+    def refuse(self: moved.Moved) -> torch.Tensor:
+        raise AssertionError("a head was copied whole")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moved, "CHUNK", 300)
+        patch.setattr(moved.Moved, "whole", refuse)
+        peak_of_a_step(engine)
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp", "zero3", "zero3-evicting"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_large_head_is_never_copied_whole(world: World, engine: str):
+    world.run(head_in_pieces, engine=engine)
