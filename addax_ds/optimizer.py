@@ -436,8 +436,8 @@ class Addax(torch.optim.Optimizer):
     def run_guests(self, runs: list[Callable[[nn.Module], Any]]) -> list[Any]:
         """Forwards of the unperturbed model in evaluation mode, on one gather of every unit.
 
-        Each run is called with the model and returns what to keep. A collective: ranks pass the
-        same number of runs, each with the same number of forwards.
+        Each run is called with the model and returns what to keep. A collective: every rank passes
+        one run at least, and each run has as many forwards as any other.
         """
         self._check_idle()
         self.engine.before_step()

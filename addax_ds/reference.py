@@ -79,7 +79,8 @@ def addax_step(
 
 
 def _noise_like(weight: torch.Tensor, name: str, seed: int, query: int, config: AddaxConfig) -> torch.Tensor:
-    return noise(seed, name, 0, weight.numel(), query=query, distribution=config.distribution).view_as(weight)
+    drawn = noise(seed, name, 0, weight.numel(), query=query, distribution=config.distribution)
+    return drawn.view_as(weight).to(weight.device)
 
 
 def _moved(theta: Weights, z: Weights, scale: float) -> Weights:

@@ -4,17 +4,19 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 from functools import cache
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 
 from addax_ds.engines.ops import ADAM, COLLECTIVES, build_op
+
+DEVICE = os.environ.get("ADDAX_TEST_DEVICE", "cpu")
+"""What the tests of engines run on: `ADDAX_TEST_DEVICE=cuda pytest tests/engines` takes GPUs and NCCL."""
 
 ENVIRONMENT = {
     # One thread a rank: ranks share few cores, and sums must not depend on the number of cores.
     "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "COLUMNS": "120",
+    **({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if DEVICE == "cpu" else {}),
 }
 _PRELOADED = [
     "addax_ds.training.run",
@@ -30,8 +32,10 @@ _PRELOADED = [
 
 
 @cache
-def context() -> ForkServerContext:
+def context() -> BaseContext:
     """The multiprocessing context of all tests; the first call starts the server."""
+    if DEVICE != "cpu":
+        return multiprocessing.get_context("spawn")  # what has looked at a GPU cannot be forked
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     # The server, and so DeepSpeed at its import, sees what the environment is now.

@@ -1,4 +1,4 @@
-"""Worlds of real processes over gloo, each started once and sent many cases.
+"""Worlds of real processes over gloo or NCCL, each started once and sent many cases.
 
     results = world.run(case, engine="zero3")     # case(**kwargs) on every rank; results by rank
 
@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.forkserver import ENVIRONMENT, context
+from tests.forkserver import DEVICE, ENVIRONMENT, context
 
 CASE_SECONDS = 120.0
 # What the other ranks get to finish once one has failed: they may wait for it in a collective.
@@ -36,7 +36,7 @@ class CaseError(AssertionError):
 
 
 class World:
-    """`size` processes with gloo initialised between them."""
+    """`size` processes with a process group between them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -130,9 +130,17 @@ def _serve(rank: int, size: int, folder: Path, connection: Connection) -> None:
 
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    local_rank, backend = rank, "gloo"
+    if DEVICE == "cuda":
+        local_rank, backend = rank % torch.cuda.device_count(), "nccl"
+        torch.cuda.set_device(local_rank)
+        # NCCL takes no two ranks of one host on one GPU, so ranks that share one say they are on different hosts.
+        os.environ.update(
+            NCCL_HOSTID=str(rank // torch.cuda.device_count()), NCCL_SOCKET_IFNAME="lo", NCCL_NET="Socket"
+        )
+    os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(size))
     store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     while True:
         try:
             case, kwargs = connection.recv()

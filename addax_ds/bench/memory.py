@@ -103,7 +103,7 @@ def measure(world: World, method: str, config: RunConfig) -> dict[str, int]:
         optimizer = on_engine(Addax, engine, alpha=alpha, **hyper)
     weights = _bytes(list(model.parameters()))
     reset_peak()
-    before = _now()
+    before = held_now()
     for step in range(STEPS):
         samples = step_samples(config, pools, step)
         if method in ("ip-sgd", "sgd", "adamw"):
@@ -136,7 +136,8 @@ def _torch_step(optimizer: torch.optim.Optimizer, model: Any, batches: list[Batc
     optimizer.step()
 
 
-def _now() -> int:
+def held_now() -> int:
+    """Bytes that tensors hold on the GPU, or this process without one."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return resident()

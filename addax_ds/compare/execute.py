@@ -1,10 +1,15 @@
-"""Run what a comparison plans, one run after the other; what is done already is not run again."""
+"""Run what a comparison plans, so many runs at once; what is done already is not run again."""
 
+import contextlib
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -20,66 +25,128 @@ from addax_ds.training.folder import SUMMARY
 from addax_ds.training.metrics import write_whole
 
 
-def execute(comparison: Comparison, output: Path) -> list[Result]:
+def execute(comparison: Comparison, output: Path, at_once: int = 1) -> list[Result]:
     """The results of each method's best point, seed by seed, in the order of methods.
 
     The grid is run with the first seed, and the point with the highest score on the dev samples with
-    the others. A run that diverges is a result; raises `UserError` where one cannot run at all.
+    the others. at_once: runs beside each other; where there are GPUs for all of them each has its own.
+    A run that diverges is a result; raises `UserError` where one cannot run at all.
     """
-    say = Console().print
-    results = []
-    for method in comparison.methods:
-        tried = []
-        for point in points_of(comparison, method):
-            tried.append(_run(trial(comparison, method, point, comparison.seeds[0]), output))
-            say(escape(f"{method}: {tried[-1].describe()}"))
+    first, *others = comparison.seeds
+    with _Runs(output, at_once, comparison.ranks) as runs:
+        tried = runs.take(
+            [
+                trial(comparison, method, point, first)
+                for method in comparison.methods
+                for point in points_of(comparison, method)
+            ]
+        )
         # Where every point diverges, the first stands for the method.
-        best = max(tried, key=lambda result: -math.inf if result.fault else result.dev_score)
-        results.append(best)
-        for seed in comparison.seeds[1:] if not best.fault else []:
-            results.append(_run(trial(comparison, method, best.trial.point, seed), output))
-            say(escape(f"{method}: {results[-1].describe()}"))
-    return results
+        best = {
+            method: max(
+                (result for result in tried if result.trial.method == method),
+                key=lambda result: -math.inf if result.fault else result.dev_score,
+            )
+            for method in comparison.methods
+        }
+        repeated = runs.take(
+            [
+                trial(comparison, method, result.trial.point, seed)
+                for method, result in best.items()
+                for seed in (() if result.fault else others)
+            ]
+        )
+    seeds = {method: [result for result in repeated if result.trial.method == method] for method in best}
+    return [result for method in best for result in (best[method], *seeds[method])]
 
 
-def _run(trial: Trial, output: Path) -> Result:
-    folder = output / trial.method / trial.name
-    log, fault = (folder.with_name(f"{folder.name}.{ending}") for ending in ("log", "fault"))
-    if fault.exists():
-        return Result(trial, folder, fault=fault.read_text())
-    if not (folder / SUMMARY).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        run_file = folder.with_name(f"{folder.name}.yaml")
-        run_file.write_text(yaml.safe_dump({**trial.values, "output": str(folder)}, sort_keys=False))
-        train = ["-m", "addax_ds", "train", str(run_file)]
-        if trial.ranks > 1:
-            train = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(trial.ranks), *train]
-        threads = max(len(os.sched_getaffinity(0)) // trial.ranks, 1)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        if not torch.cuda.is_available():
-            environment.setdefault("DS_ACCELERATOR", "cpu")
-        with log.open("wb") as file:
-            status = _to_its_end([sys.executable, *train], file, environment)
-        if status:
-            complaint = _complaint(log)
-            if "lower lr" not in complaint:
-                raise UserError(f"{trial.method}: {complaint or 'the run failed'}: see {log}")
-            write_whole(fault, complaint.encode())
-            return Result(trial, folder, fault=complaint)
-    return read_result(trial, folder)
+class _Runs:
+    """Runs some trials at once; a context, at whose end, SIGTERM's too, none goes on."""
 
+    def __init__(self, output: Path, at_once: int, ranks: int) -> None:
+        self._output = output
+        self._pool = ThreadPoolExecutor(at_once)
+        self._processes: set[subprocess.Popen] = set()
+        self._ending = threading.Event()
+        gpus = torch.cuda.device_count()
+        self._gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """The GPUs of each run that is free to begin; an empty string leaves the choice to it."""
+        for first in range(0, at_once * ranks, ranks):
+            own = ",".join(map(str, range(first, first + ranks)))
+            self._gpus.put(own if at_once > 1 and at_once * ranks <= gpus else "")
 
-def _to_its_end(command: list[str], log: IO[bytes], environment: dict[str, str]) -> int:
-    """The status of a command, which ends with this process where that is asked to end."""
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if process.poll() is None:
+    def __enter__(self) -> "_Runs":
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        for process in [*self._processes]:
             process.terminate()
-            process.wait()
+        self._pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, self._before)
+
+    def take(self, trials: list[Trial]) -> list[Result]:
+        """Their results, in their order."""
+        say = Console().print
+        results = []
+        for future in [self._pool.submit(self._run, one) for one in trials]:
+            results.append(future.result())
+            say(escape(f"{results[-1].trial.method}: {results[-1].describe()}"))
+        return results
+
+    def _run(self, trial: Trial) -> Result:
+        folder = self._output / trial.method / trial.name
+        log, fault = (folder.with_name(f"{folder.name}.{ending}") for ending in ("log", "fault"))
+        if fault.exists():
+            return Result(trial, folder, fault=fault.read_text())
+        if not (folder / SUMMARY).exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            run_file = folder.with_name(f"{folder.name}.yaml")
+            run_file.write_text(yaml.safe_dump({**trial.values, "output": str(folder)}, sort_keys=False))
+            with log.open("wb") as file, self._own_gpus() as environment:
+                status = self._to_its_end(_command(trial, run_file), file, {**_environment(trial), **environment})
+            if status:
+                complaint = _complaint(log)
+                if "lower lr" not in complaint:
+                    raise UserError(f"{trial.method}: {complaint or 'the run failed'}: see {log}")
+                write_whole(fault, complaint.encode())
+                return Result(trial, folder, fault=complaint)
+        return read_result(trial, folder)
+
+    @contextlib.contextmanager
+    def _own_gpus(self) -> Iterator[dict[str, str]]:
+        gpus = self._gpus.get()
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+        finally:
+            self._gpus.put(gpus)
+
+    def _to_its_end(self, command: list[str], log: IO[bytes], environment: dict[str, str]) -> int:
+        """The status of a command, which ends with this process where that is asked to end."""
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self._processes.add(process)
+        if self._ending.is_set():  # between its start and its entry in the list
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self._processes.discard(process)
+
+
+def _command(trial: Trial, run_file: Path) -> list[str]:
+    train = ["-m", "addax_ds", "train", str(run_file)]
+    if trial.ranks > 1:
+        train = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(trial.ranks), *train]
+    return [sys.executable, *train]
+
+
+def _environment(trial: Trial) -> dict[str, str]:
+    threads = max(len(os.sched_getaffinity(0)) // trial.ranks, 1)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    return environment
 
 
 def _complaint(log: Path) -> str:

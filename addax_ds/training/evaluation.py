@@ -64,12 +64,11 @@ def evaluate(
     for first in range(0, len(chunks), engine.world_size * _LANES):
         if engine.sum(torch.tensor([float(asked_to_end())])).item():
             raise EvaluationStoppedError
-        # Every rank runs the same number of forwards; the last round is filled up with repeats.
-        numbers = [first + engine.rank + lane * engine.world_size for lane in range(_LANES)]
-        runs = [run_of([examples[index] for index in chunks[min(n, len(chunks) - 1)]]) for n in numbers]
-        for number, result in zip(numbers, optimizer.run_guests(runs), strict=True):
-            if number < len(chunks):
-                scores[chunks[number]] = result
+        numbers = range(first + engine.rank, min(first + engine.world_size * _LANES, len(chunks)), engine.world_size)
+        # A rank without a chunk of its own takes part in the gathers with the shortest.
+        runs = [run_of([examples[index] for index in chunks[number]]) for number in numbers or (0,)]
+        for number, result in zip(numbers, optimizer.run_guests(runs), strict=False):
+            scores[chunks[number]] = result
     first_score, second_score = engine.sum(scores).mean(dim=0).tolist()
     if examples[0].choices:
         return {"accuracy": first_score}

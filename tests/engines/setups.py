@@ -40,6 +40,7 @@ import addax_ds
 from addax_ds.digest import weights_digest
 from addax_ds.engines.choose import choose_engine
 from addax_ds.optimizer import Addax
+from tests.forkserver import DEVICE
 
 VOCABULARY, HIDDEN, LAYERS = 97, 15, 2
 
@@ -154,7 +155,7 @@ def build_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 def built_under_zero_init(name: str, engine: str) -> nn.Module:
@@ -183,7 +184,8 @@ def batch_for(name: str, samples: int, tokens: int, seed: int = 0) -> dict[str, 
     else:
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, : tokens // 2] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
 def class_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -267,9 +269,9 @@ def running(
         return
     if engine.startswith("fsdp"):
         options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if engine.endswith("offload") else {}
-        addax_ds.shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), **options)
+        addax_ds.shard(model, init_device_mesh(DEVICE, (dist.get_world_size(),)), **options)
     elif engine == "hsdp":
-        addax_ds.shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        addax_ds.shard(model, init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard")))
     if groups is None:
         optimizer = Addax(model, **hyper)
     else:

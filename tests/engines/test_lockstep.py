@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from addax_ds.core import moved
 from tests.engines.setups import batch_for, build_model, built_under_zero_init, loss_for, running
+from tests.forkserver import DEVICE
 from tests.world import World
 
 MODELS = ("llama-tied", "llama-untied", "opt", "bert", "gpt2", "qwen3", "mixtral")
@@ -21,7 +22,7 @@ def prepared_by_accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """The model with accelerate's mixed precision wrapped around its forward."""
     ranks = str(torch.distributed.get_world_size())
     with mock.patch.dict(os.environ, MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=ranks):
-        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        accelerator = Accelerator(mixed_precision="bf16", cpu=DEVICE == "cpu")
         # Else it would be wrapped for data parallelism, which is the engine's business.
         model = accelerator.prepare_model(model, evaluation_mode=True)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -58,7 +59,7 @@ def three_steps(engine: str, model_name: str, *, in_turn: bool, with_: tuple[str
             for unit in raw.engine.units:
                 if len(unit) == 1 and unit[0].split(".")[-1].isdigit():  # a block
                     model.get_submodule(unit[0]).compile(backend=compiled)
-        autocast = torch.autocast("cpu", torch.bfloat16) if "autocast" in with_ else contextlib.nullcontext()
+        autocast = torch.autocast(DEVICE, torch.bfloat16) if "autocast" in with_ else contextlib.nullcontext()
         for step in range(3):
             zo, fo = batch_for(model_name, 7, 12, step), batch_for(model_name, 3, 6, step + 5)
             if step == 1:  # micro-batches of their own lengths

@@ -27,7 +27,7 @@ def scaled_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
 def poisoned(samples: int, tokens: int, factor: float | None, seed: int = 0) -> dict[str, torch.Tensor]:
     """A batch whose last sample, of one rank only, has loss times `factor`."""
     batch = batch_for(MODEL, samples, tokens, seed)
-    batch["factor"] = torch.ones(samples)
+    batch["factor"] = torch.ones(samples, device=batch["input_ids"].device)
     if factor is not None:
         batch["factor"][-1] = factor
     return batch
