@@ -27,6 +27,8 @@ class Pending:
     accumulating: bool = False
     """Gradients are added up: another first-order micro-batch of this rank follows."""
     written: set[str] = field(default_factory=set)
+    steps: dict[int, Step] = field(default_factory=dict)
+    """By parameter group, what its updates apply."""
 
 
 class Updates:
@@ -102,11 +104,12 @@ class Updates:
         if name in self._accumulated:
             earlier = self._accumulated.pop(name)
             gradient = earlier if gradient is None else earlier.add_(gradient)
-        shard = self._engine.shard(name)
-        step = self._step(name, pending, float(self._groups()[self._group_of[name]]["lr"]))
+        shard, group = self._engine.shard(name), self._group_of[name]
+        if group not in pending.steps:
+            pending.steps[group] = self._step(name, pending, float(self._groups()[group]["lr"]))
         # Other weights are written by now, so the step cannot be skipped any more; and a weight that
         # is not finite would spoil every later step.
-        self.left_out += kernels.update(shard.local, shard.start, gradient, name, step)
+        kernels.update(shard.local, shard.start, gradient, name, pending.steps[group], self.left_out)
         pending.written.add(name)
 
     def _step(self, name: str, pending: Pending, lr: float) -> Step:

@@ -130,17 +130,18 @@ def _serve(rank: int, size: int, folder: Path, connection: Connection) -> None:
 
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    local_rank, backend = rank, "gloo"
+    local_rank, backend, device = rank, "gloo", None
     if DEVICE == "cuda":
         local_rank, backend = rank % torch.cuda.device_count(), "nccl"
-        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
         # NCCL takes no two ranks of one host on one GPU, so ranks that share one say they are on different hosts.
         os.environ.update(
             NCCL_HOSTID=str(rank // torch.cuda.device_count()), NCCL_SOCKET_IFNAME="lo", NCCL_NET="Socket"
         )
     os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(size))
     store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device)
     while True:
         try:
             case, kwargs = connection.recv()

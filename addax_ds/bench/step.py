@@ -54,7 +54,7 @@ class Copies(Addax):
             kernels.backend(self.engine.device.type),
             perturb=lambda weight, _, plus, minus, *__: [s.copy_(weight) for s in (plus, minus) if s is not None],
             perturb_rows=lambda weight, rows, *_: (weight[rows], weight[rows]),
-            update=lambda *_: 0,
+            update=lambda *_: None,
         ):
             return super().train_step(*arguments)
 

@@ -397,10 +397,17 @@ def _stream(name: str, point: Perturbation) -> tuple:
     return (point.query, PURPOSE[point.distribution], *_key(point.seed, name))
 
 
-def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int:
+def update(
+    local: torch.Tensor,
+    start: int,
+    gradient: torch.Tensor | None,
+    name: str,
+    step: Step,
+    left_out: torch.Tensor | None = None,
+) -> None:
     """See `plain.update`."""
     if local.numel() == 0:
-        return 0
+        return
     memory, wide = _stored(local), local.dtype == torch.float32
     # Kept by name: the array below is only a view of its memory.
     gradient = None if gradient is None else gradient.detach().float().contiguous()
@@ -408,13 +415,14 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
     coefficients = np.array(step.coefficients, np.float32)
     scalars = np.float32(step.lr), np.float32(1.0 - step.lr * step.weight_decay)
     weight, purpose, key = np.float32(step.gradient_weight), PURPOSE[step.distribution], _key(step.seed, name)
-    left_out = _split(
+    counts = _split(
         local.numel(),
         lambda begin, end: _update(
             memory, start, begin, end, g, weight, coefficients, *scalars, purpose, *key, wide, step.stochastic
         ),
     )
-    return sum(map(int, left_out))
+    if left_out is not None and any(counts):
+        left_out += sum(map(int, counts))
 
 
 def digest(local: torch.Tensor, start: int) -> int:

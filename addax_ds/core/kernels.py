@@ -57,8 +57,15 @@ def perturb_rows(
     return backend(weight.device.type).perturb_rows(weight, rows, name, point)
 
 
-def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int | torch.Tensor:
+def update(
+    local: torch.Tensor,
+    start: int,
+    gradient: torch.Tensor | None,
+    name: str,
+    step: Step,
+    left_out: torch.Tensor | None = None,
+) -> None:
     """The fused update, in place on a flat shard. See `plain.update`."""
     if gradient is not None:
         gradient = gradient.to(local.device)
-    return backend(local.device.type).update(local, start, gradient, name, step)
+    backend(local.device.type).update(local, start, gradient, name, step, left_out)

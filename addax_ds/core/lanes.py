@@ -17,7 +17,6 @@ import numbers
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +30,9 @@ from addax_ds.core.plain import Perturbation
 from addax_ds.core.rows import Rows
 from addax_ds.core.scratch import Scratch, aligned
 from addax_ds.core.skeleton import duplicate, link_buffers, owned_weights
+
+# Copies at hand at a time, in multiples of the largest module's: with more, guests hand over less often.
+_STRETCH = 2
 
 
 class Weights(Protocol):
@@ -90,18 +92,22 @@ class _Stopped(BaseException):
 class _Guest:
     """A worker thread with a skeleton of its own; idle between steps."""
 
-    def __init__(self, skeleton: nn.Module, atomic: tuple[str, ...], fetch: Callable, left: Callable) -> None:
+    def __init__(
+        self, skeleton: nn.Module, atomic: tuple[str, ...], goes_on: Callable, fetch: Callable, left: Callable
+    ) -> None:
         self.skeleton = skeleton
-        self.fetch, self.left = fetch, left
+        self.goes_on, self.fetch, self.left = goes_on, fetch, left
         self.job: Job | None = None
         self.perturbation = Perturbation()
         self.parked = False
-        self.need = ""  # while parked: path of the module that it is about to enter
+        self.need = ""  # path of the module that it is about to enter, or has entered last
         self.owners: list[Owner] = []  # and of which it needs the weights for that
         self.visited = 0  # modules entered in this job
         self.open = 0  # those of them whose forward is not over
-        self._go = threading.Semaphore(0)
-        self._back = threading.Semaphore(0)
+        # Bare locks, of which each is held until the other thread lets go: the cheapest hand-over there is.
+        self._go, self._back = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._back.acquire()
         self._stopping = False
         for path, module, owners in held_together(skeleton, atomic):
             module.register_forward_pre_hook(self._enter(path, owners), prepend=True, with_kwargs=True)
@@ -112,12 +118,9 @@ class _Guest:
     def _enter(self, path: str, owners: list[Owner]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.visited += 1
-            self.need, self.owners, self.parked = path, owners, True
-            self._back.release()
-            self._go.acquire()
-            self.parked = False
-            if self._stopping:
-                raise _Stopped
+            self.need, self.owners = path, owners
+            if not self.goes_on(self):
+                self._park()
             fetched = self.fetch(self.perturbation, path, owners)
             for owner, weights in zip(owners, fetched, strict=True):
                 owner.module._parameters.update(weights)
@@ -136,6 +139,15 @@ class _Guest:
             return self.left(output)
 
         return hook
+
+    def _park(self) -> None:
+        """Hand over, until resumed."""
+        self.parked = True
+        self._back.release()
+        self._go.acquire()
+        self.parked = False
+        if self._stopping:
+            raise _Stopped
 
     def asks_for(self) -> tuple[str, int]:
         """The module and direction whose copies it needs next."""
@@ -208,20 +220,12 @@ class _HostSettings:
 
 @dataclass
 class _Copies:
-    """What is moved of the module and direction at hand, made for the first guest that asks."""
+    """What is moved of a module and direction, made for the first guest that asks."""
 
-    of: tuple[str, int] | None = None
-    """Path of the module, number of the direction."""
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """By parameter name: (W + scale z, W - scale z)."""
     rows: dict[str, Rows] = field(default_factory=dict)
     """By parameter name: of what is looked up in it."""
-
-
-def _pairs(weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Two uninitialised tensors like each weight."""
-    like = partial(torch.empty_like, memory_format=torch.contiguous_format)
-    return [(like(weight), like(weight)) for weight in weights]
 
 
 class Lanes:
@@ -253,29 +257,23 @@ class Lanes:
             for path, _ in repeated.named_modules()
         }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
-        self._copies = _Copies()  # of the module and direction at hand
-        self._light_copies: dict[tuple[str, int], _Copies] = {}  # of light modules that are gathered
+        self._copies: dict[tuple[str, int], _Copies] = {}  # by module and direction, of the stretch at hand
         self._kept = 0  # elements of one of the two points in them
-        copied = (
-            sum(
-                weight.numel()
-                for local, weight in module._parameters.items()
-                if weight is not None and not is_made_where_read(module, local, weight, path in self._in_blocks)
-            )
-            for path, module, _ in owned_weights(skeleton)
-        )
-        self._largest = max(copied, default=0)  # elements of a module that are copied
+        self._sizes: dict[str, int] = {}  # by path of a module, the elements that are copied of it in this step
+        largest = max(map(self._copied, (owners for _, _, owners in held_together(skeleton, atomic))), default=0)
+        self._stretch = _STRETCH * largest
         self._scratch = Scratch()
         self._orders: dict[str, list[str]] = {}  # what drives of a name gather, module by module, once known
 
     def start(self, jobs: list[Job]) -> None:
         """Begin every job; each runs up to the first weight it needs."""
         settings = _HostSettings()
-        self._jobs = jobs
+        self._jobs, self._sizes = jobs, {}
         try:
             for job in jobs:
                 if not self._idle:
-                    self._idle.append(_Guest(duplicate(self._skeleton), self._atomic, self._fetch, self._left))
+                    skeleton = duplicate(self._skeleton)
+                    self._idle.append(_Guest(skeleton, self._atomic, self._goes_on, self._fetch, self._left))
                 guest = self._idle.pop()
                 link_buffers(guest.skeleton, self._model)
                 self._running.append(guest)
@@ -288,16 +286,12 @@ class Lanes:
     def advance(self) -> None:
         """Run the guests until each is done or waits for a weight that is not gathered.
 
-        The guest that waits for the copies at hand goes first, then the one that is furthest
-        behind: so all guests take a module together and its noise is drawn once a direction. A guest
-        that waits amid a block holds more than a hidden state, and no guest waits for a light module:
-        its copies are kept for all.
+        Those that wait for copies at hand go first, then the one that is furthest behind: so all guests
+        take a stretch of modules one after the other, and its noise is drawn once a direction.
         """
         while ready := [guest for guest in self._running if self._is_ready(guest)]:
-            guest = min(ready, key=lambda guest: (guest.asks_for() != self._copies.of, guest.visited))
+            guest = min(ready, key=lambda guest: (guest.asks_for() not in self._copies, guest.visited))
             guest.resume()
-            while guest.parked and self._is_light(guest.asks_for(), guest.owners) and self._is_ready(guest):
-                guest.resume()
             self._collect()
         self._drop_copies()
 
@@ -411,21 +405,32 @@ class Lanes:
     def _is_ready(self, guest: _Guest) -> bool:
         return all(self._weights.is_gathered(owner.path) for owner in guest.owners)
 
-    def _is_light(self, of: tuple[str, int], owners: list[Owner]) -> bool:
-        """Whether few of the weights of these modules move, or none: too few to wait for.
+    def _goes_on(self, guest: _Guest) -> bool:
+        """Whether a guest takes the module that it is about to enter without a hand-over.
 
-        Of such copies no more are kept than the largest module has.
+        It does within the stretch at hand: as many modules as there is memory for copies of.
         """
-        if of in self._light_copies:
-            return True
-        moving = (
-            owner.module._parameters[local]
+        if not self._is_ready(guest):
+            return False
+        return not guest.perturbation.sign or guest.asks_for() in self._copies or self._has_room(guest.owners)
+
+    def _has_room(self, owners: list[Owner]) -> bool:
+        """Whether copies of these modules fit beside those at hand."""
+        path = owners[0].path
+        if path not in self._sizes:
+            self._sizes[path] = self._copied(owners, self._weights.trainable)
+        return self._kept + self._sizes[path] <= self._stretch
+
+    def _copied(self, owners: list[Owner], moves: Callable[[str], bool] = lambda _: True) -> int:
+        """Elements of these modules that are copied for a point."""
+        return sum(
+            weight.numel()
             for owner in owners
-            for local, name in owner.owned.items()
-            if self._weights.trainable(name)
+            for local, weight in owner.module._parameters.items()
+            if weight is not None
+            and moves(owner.owned[local])
+            and not is_made_where_read(owner.module, local, weight, owner.path in self._in_blocks)
         )
-        size = sum(weight.numel() for weight in moving if weight is not None)
-        return size <= self._largest // 64 and self._kept + size <= self._largest
 
     def _collect(self) -> None:
         """Retire guests that are done, or have failed."""
@@ -440,8 +445,7 @@ class Lanes:
 
         path: of the module that is entered, which holds those of all owners together.
         """
-        of = path, point.query
-        copies = self._copies_of(of, self._is_light(of, owners)) if point.sign else _Copies()
+        copies = self._copies_of((path, point.query), owners) if point.sign else _Copies()
         fetched: list[dict[str, torch.Tensor]] = []
         moving: list[tuple[dict[str, torch.Tensor], str, str]] = []
         for owner in owners:
@@ -465,33 +469,31 @@ class Lanes:
         if moving:
             if not copies.pairs:
                 still = {name: weights[local] for weights, local, name in moving}
-                pairs = self._scratch.pairs([*still.values()]) if copies is self._copies else _pairs([*still.values()])
+                pairs = self._scratch.pairs([*still.values()])
                 for (name, weight), (plus, minus) in zip(still.items(), pairs, strict=True):
                     perturb(weight, 0, plus, minus, name, point)
                 copies.pairs = dict(zip(still, pairs, strict=True))
-                self._kept += sum(weight.numel() for weight in still.values()) if copies is not self._copies else 0
+                self._kept += sum(weight.numel() for weight in still.values())
             for weights, local, name in moving:
                 weights[local] = copies.pairs[name][point.sign < 0]
         return fetched
 
-    def _copies_of(self, of: tuple[str, int], light: bool) -> "_Copies":
-        """What has been made of a module and direction; unless it is light, others' copies are dropped."""
-        if light:
-            return self._light_copies.setdefault(of, _Copies(of))
-        if of != self._copies.of:
-            # Whoever comes here next has light modules of its own before it.
-            self._drop_copies()
-            self._copies = _Copies(of)
-            if any(guest.open for guest in self._running):
-                self._scratch.release()  # a module that calls this one still needs its copies
-        return self._copies
+    def _copies_of(self, of: tuple[str, int], owners: list[Owner]) -> _Copies:
+        """What has been made of a module and direction; where there is no room, a new stretch begins with it."""
+        if of not in self._copies:
+            if not self._has_room(owners):
+                self._drop_copies()
+                # A module that calls this one still needs its copies.
+                self._scratch.begin(afresh=any(guest.open for guest in self._running))
+            self._copies[of] = _Copies()
+        return self._copies[of]
 
     def _drop_copies(self) -> None:
-        self._copies, self._light_copies, self._kept = _Copies(), {}, 0
+        self._copies, self._kept = {}, 0
 
     def _left(self, output: Any) -> Any:
         """What a module returned, made to outlive the module's weights."""
-        leaves = tree_leaves(output)
+        leaves = [output] if type(output) is torch.Tensor else tree_leaves(output)
         if any(self._may_hold_copies(leaf) for leaf in leaves):
             self._scratch.release()
         if any(isinstance(leaf, Moved) for leaf in leaves):

@@ -97,20 +97,27 @@ def perturb_rows(
     return plus, minus
 
 
-def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name: str, step: Step) -> int:
+def update(
+    local: torch.Tensor,
+    start: int,
+    gradient: torch.Tensor | None,
+    name: str,
+    step: Step,
+    left_out: torch.Tensor | None = None,
+) -> None:
     """The fused update, in place on a flat shard.
 
     local: [n], float32 or bfloat16, elements [start, start + n) of the flattened parameter.
     gradient: [n] of any float type, or None where the first-order part has none. Its elements that
-    are not finite count as zero. Returns how many those are; an int64 tensor [] on a GPU.
+    are not finite count as zero, and their number is added to left_out, an int64 tensor [].
     """
     stop = start + local.numel()
     device = local.device
     direction = torch.zeros(local.numel(), device=device)
-    left_out = 0
     if gradient is not None:
         finite = gradient.isfinite()
-        left_out = int((~finite).sum())
+        if left_out is not None:
+            left_out += (~finite).sum()
         direction = torch.where(finite, gradient, 0.0).float() * _float32(step.gradient_weight)
     for query, coefficient in enumerate(step.coefficients):
         z = draw(step.seed, name, start, stop, query, step.distribution, device)
@@ -120,7 +127,6 @@ def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, name:
     if local.dtype == torch.bfloat16 and step.stochastic:
         updated = _round_stochastically(updated, rounding_bits(step.seed, name, start, stop, device))
     local.copy_(updated)
-    return left_out
 
 
 def _float32(x: float) -> float:

@@ -1,4 +1,4 @@
-"""Memory for perturbed copies, used again module after module.
+"""Memory for perturbed copies, used again stretch after stretch.
 
 Fresh memory costs more than the noise that is written to it: the system clears every page of it.
 """
@@ -13,38 +13,61 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
+_Kind = tuple[torch.device, torch.dtype]
+
+
 class Scratch:
-    """One block of memory per device and dtype, as large as the largest module asked for."""
+    """One block of memory per device and dtype, as large as what the largest stretch has taken of it."""
 
     def __init__(self) -> None:
-        self._blocks: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._blocks: dict[_Kind, torch.Tensor] = {}
+        self._used: dict[_Kind, int] = {}  # elements of the block
+        self._taken: dict[_Kind, int] = {}  # elements in this stretch, of blocks before this one, too
+        self._most: dict[_Kind, int] = {}  # elements in any stretch
+
+    def begin(self, afresh: bool) -> None:
+        """A stretch begins: what was taken before may be overwritten, unless it is to be `afresh`."""
+        if afresh:
+            self.release()
+        self._used, self._taken = {}, {}
 
     def pairs(self, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Two uninitialised tensors like each weight; those of the call before may be overwritten."""
-        places, sizes = [], dict.fromkeys(self._blocks, 0)
+        """Two uninitialised tensors like each weight, apart from all that this stretch has taken."""
+        needed: dict[_Kind, int] = {}
         for weight in weights:
-            key = weight.device, weight.dtype
-            step = _ALIGNMENT // weight.element_size()
-            padded = -(-weight.numel() // step) * step
-            begin = sizes.get(key, 0)
-            places.append((begin, begin + padded))
-            sizes[key] = begin + 2 * padded
-        for key, size in sizes.items():
-            if key not in self._blocks or self._blocks[key].numel() < size:
-                self._blocks.pop(key, None)  # before the larger one is there
-                self._blocks[key] = torch.empty(size, dtype=key[1], device=key[0])
+            kind = weight.device, weight.dtype
+            needed[kind] = needed.get(kind, 0) + 2 * _padded(weight)
+        for kind, size in needed.items():
+            self._reserve(kind, size)
+        return [(self._take(weight), self._take(weight)) for weight in weights]
 
-        def part(weight: torch.Tensor, begin: int) -> torch.Tensor:
-            block = self._blocks[weight.device, weight.dtype]
-            return block[begin : begin + weight.numel()].view(weight.shape)
+    def _reserve(self, kind: _Kind, size: int) -> None:
+        taken = self._taken.get(kind, 0)
+        self._taken[kind] = taken + size
+        self._most[kind] = max(self._most.get(kind, 0), taken + size)
+        if kind not in self._blocks or self._used.get(kind, 0) + size > self._blocks[kind].numel():
+            self._blocks.pop(kind, None)  # before the next one is there; what lies in it keeps it
+            # A stretch that is longer than all before it goes on in another block, and the next has one for all.
+            size = size if taken else self._most[kind]
+            self._blocks[kind], self._used[kind] = torch.empty(size, dtype=kind[1], device=kind[0]), 0
 
-        return [(part(w, first), part(w, second)) for w, (first, second) in zip(weights, places, strict=True)]
+    def _take(self, weight: torch.Tensor) -> torch.Tensor:
+        kind = weight.device, weight.dtype
+        begin = self._used.get(kind, 0)
+        self._used[kind] = begin + _padded(weight)
+        return self._blocks[kind][begin : begin + weight.numel()].view(weight.shape)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor lies in this memory."""
+        """Whether the tensor lies in memory that is used again."""
         storage = tensor.untyped_storage().data_ptr()
         return any(block.untyped_storage().data_ptr() == storage for block in self._blocks.values())
 
     def release(self) -> None:
         """Give the memory up; tensors that lie in it keep it."""
-        self._blocks = {}
+        self._blocks, self._used = {}, {}
+
+
+def _padded(weight: torch.Tensor) -> int:
+    """Elements after which the next tensor begins."""
+    step = _ALIGNMENT // weight.element_size()
+    return -(-weight.numel() // step) * step

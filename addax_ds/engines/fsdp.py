@@ -110,6 +110,7 @@ class FSDP(ShardedEngine):
         for path, owned in self.owners.items():
             for local, name in owned.items():
                 self._first_owner.setdefault(name, (self._modules[path], local))
+        self._starts: dict[str, int] = {}  # of this rank's shard of each parameter
         self._hooked: dict[str, nn.Parameter] = {}
         self._handles: list = []
         self._prefetched: Any = None  # the unit whose gather is under way
@@ -168,11 +169,9 @@ class FSDP(ShardedEngine):
         parameter = self._registered(name)
         if not isinstance(parameter, DTensor):
             raise RuntimeError(f"{name} is gathered: its shard cannot be taken now")
-        local = parameter._local_tensor.detach()
-        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        row = parameter.numel() // parameter.shape[0] if parameter.ndim and parameter.shape[0] else 1
-        start = min(offset[0] * row, parameter.numel()) if parameter.ndim else 0
-        return Shard(name, parameter.numel(), start, local.view(-1))
+        if name not in self._starts:  # it takes longer than the launch of an update
+            self._starts[name] = _start(parameter)
+        return Shard(name, parameter.numel(), self._starts[name], parameter._local_tensor.detach().view(-1))
 
     def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
         parameter = self._registered(name)
@@ -183,7 +182,8 @@ class FSDP(ShardedEngine):
         return rows * (parameter.numel() // parameter.shape[0]), group
 
     def whole(self, name: str) -> torch.Tensor:
-        return self._registered(name).full_tensor().detach().clone()
+        # With CPU offload a shard lies where the group of ranks cannot gather it.
+        return self._registered(name).detach().to(self.device).full_tensor().clone()
 
     def attach(self, parameters: dict[str, nn.Parameter], gathered: Callable[[], None], on_gradient: OnGradient):
         for unit in self.units:
@@ -262,6 +262,13 @@ class FSDP(ShardedEngine):
             for group in parameter_groups_of(unit):
                 for parameter in group.fsdp_params:
                     _forget_gradients(parameter)
+
+
+def _start(parameter: DTensor) -> int:
+    """The first element of this rank's shard of a parameter."""
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    row = parameter.numel() // parameter.shape[0] if parameter.ndim and parameter.shape[0] else 1
+    return min(offset[0] * row, parameter.numel()) if parameter.ndim else 0
 
 
 def _check(group: Any) -> None:

@@ -102,7 +102,9 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         # torchrun keeps its store when it starts ranks again, with the addresses of those that have died.
         attempt = dist.PrefixStore(f"addax_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+        # Else NCCL guesses at barriers which GPU is this rank's.
+        own = device if device.type == "cuda" else None
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout, device_id=own)
     except dist.DistError as error:
         told = " ".join(str(error).split())[:120]
         if "timed out" not in str(error).lower():

@@ -82,6 +82,7 @@ def test_gradient_elements_that_are_not_finite_count_as_zero():
     step = Step(1, 0.5, 0.0, 1.0, (0.3,), "normal", True)
     gradient = torch.tensor([torch.inf, 1.0, -torch.inf, torch.nan, -2.0])
     ours, theirs = torch.ones(5).to(DEVICE), torch.ones(5)
-    left_out = gpu.update(ours, 7, gradient.to(DEVICE), "w", step)
+    left_out = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    gpu.update(ours, 7, gradient.to(DEVICE), "w", step, left_out)
     plain.update(theirs, 7, torch.tensor([0.0, 1.0, 0.0, 0.0, -2.0]), "w", step)
     assert int(left_out) == 3 and torch.equal(ours.cpu(), theirs)

@@ -178,8 +178,10 @@ def test_gradient_elements_that_are_not_finite_count_as_zero(threads, kernels, d
     values = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
     gradient[bad] = values[torch.arange(int(bad.sum())) % 3]
     ours, theirs = weights(n, dtype), weights(n, dtype)
-    assert kernels.update(ours, 5, gradient, "w", a_step()) == int(bad.sum()) > 0
-    assert kernels.update(theirs, 5, zeroed, "w", a_step()) == 0
+    left_out = torch.tensor(3)
+    kernels.update(ours, 5, gradient, "w", a_step(), left_out)
+    kernels.update(theirs, 5, zeroed, "w", a_step(), left_out)
+    assert left_out == 3 + bad.sum() > 3
     assert torch.equal(ours, theirs)
 
 

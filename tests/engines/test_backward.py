@@ -73,7 +73,7 @@ def watch_gradients(engine: str, forget_to_free: bool = False) -> None:
             reduced.append((StorageWeakRef(whole.untyped_storage()), whole.untyped_storage().nbytes()))
         return reduce_scatter(output, whole, *args, **kwargs)
 
-    def watched_update(local, start, gradient, name, step):
+    def watched_update(local, start, gradient, *more):
         if gradient is not None:
             storage = gradient.untyped_storage()
             reduced.append((StorageWeakRef(storage), storage.nbytes()))
@@ -81,7 +81,7 @@ def watch_gradients(engine: str, forget_to_free: bool = False) -> None:
                 kept.append(gradient)
         storages = {ref.cdata: size for ref, size in reduced if not ref.expired()}
         alive.append(grad_bytes() + sum(storages.values()))
-        return update(local, start, gradient, name, step)
+        return update(local, start, gradient, *more)
 
     with running(engine, model) as run:
         for step in range(2):  # ZeRO-3 traces the first step and prefetches in the second
