@@ -9,12 +9,13 @@ from addax_ds.bench.table import Bench
 from addax_ds.errors import UserError
 
 
-def bench(table: str, engine: str, ranks: int, link: float | None, json: Path | None) -> None:
+def bench(table: str, engine: str, ranks: int, link: float | None, model: str, json: Path | None) -> None:
     """Measure one table, print it and write it as JSON where a path is given."""
     from addax_ds.bench.contraction import bench_contraction
     from addax_ds.bench.directions import bench_directions
     from addax_ds.bench.memory import bench_memory
     from addax_ds.bench.noise import bench_noise
+    from addax_ds.bench.scale import bench_scale
     from addax_ds.bench.step import bench_step
     from addax_ds.bench.wire import bench_wire
 
@@ -25,6 +26,7 @@ def bench(table: str, engine: str, ranks: int, link: float | None, json: Path | 
         "memory": lambda: bench_memory(ranks),
         "contraction": bench_contraction,
         "directions": bench_directions,
+        "scale": lambda: bench_scale(model, ranks, engine),
     }
     if table not in tables:
         raise UserError(f"bench {table}: no such table: give one of {', '.join(tables)}")

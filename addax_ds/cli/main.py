@@ -85,16 +85,17 @@ def evaluate(settings: Settings = None, local_rank: LocalRank = None) -> None:
 
 @app.command()
 def bench(
-    table: Annotated[str, typer.Argument(help="noise, wire, step, memory, contraction or directions.")],
-    engine: Annotated[str, typer.Option(help="fsdp or zero3, for step.")] = "fsdp",
-    ranks: Annotated[int, typer.Option(help="Ranks of step and memory.")] = 2,
+    table: Annotated[str, typer.Argument(help="noise, wire, step, memory, contraction, directions or scale.")],
+    engine: Annotated[str, typer.Option(help="fsdp or zero3, for step; fsdp or replicated, for scale.")] = "fsdp",
+    ranks: Annotated[int, typer.Option(help="Ranks of step, memory and scale.")] = 2,
     link: Annotated[float | None, typer.Option(help="Gbit/s between 2 ranks, for step.")] = None,
+    model: Annotated[str, typer.Option(help="Shape by id or config.json, for scale.")] = "meta-llama/Llama-2-7b-hf",
     json: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Measure noise, traffic or steps on this machine, each figure beside its peer's in the same run."""
     from addax_ds.cli.bench import bench as run
 
-    run(table, engine, ranks, link, json)
+    run(table, engine, ranks, link, model, json)
 
 
 @app.command()

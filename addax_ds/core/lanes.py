@@ -16,7 +16,7 @@ import itertools
 import numbers
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -218,14 +218,8 @@ class _HostSettings:
             return self._context.copy().run(forward)
 
 
-@dataclass
-class _Copies:
-    """What is moved of a module and direction, made for the first guest that asks."""
-
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """By parameter name: (W + scale z, W - scale z)."""
-    rows: dict[str, Rows] = field(default_factory=dict)
-    """By parameter name: of what is looked up in it."""
+_Weights = dict[str, torch.Tensor]
+"""Of a module, by their names in it."""
 
 
 class Lanes:
@@ -257,7 +251,8 @@ class Lanes:
             for path, _ in repeated.named_modules()
         }
         self.entered: set[str] = set()  # paths of the modules that guests have ever fetched weights for
-        self._copies: dict[tuple[str, int], _Copies] = {}  # by module and direction, of the stretch at hand
+        # What moves of each module along a direction, by sign, of the stretch at hand.
+        self._copies: dict[tuple[str, int], dict[int, list[_Weights]]] = {}
         self._kept = 0  # elements of one of the two points in them
         self._sizes: dict[str, int] = {}  # by path of a module, the elements that are copied of it in this step
         largest = max(map(self._copied, (owners for _, _, owners in held_together(skeleton, atomic))), default=0)
@@ -427,10 +422,11 @@ class Lanes:
             weight.numel()
             for owner in owners
             for local, weight in owner.module._parameters.items()
-            if weight is not None
-            and moves(owner.owned[local])
-            and not is_made_where_read(owner.module, local, weight, owner.path in self._in_blocks)
+            if weight is not None and moves(owner.owned[local]) and not self._is_made_where_read(owner, local, weight)
         )
+
+    def _is_made_where_read(self, owner: Owner, local: str, weight: torch.Tensor) -> bool:
+        return is_made_where_read(owner.module, local, weight, owner.path in self._in_blocks)
 
     def _collect(self) -> None:
         """Retire guests that are done, or have failed."""
@@ -440,53 +436,73 @@ class Lanes:
             self._drop_copies()
             self._scratch.release()
 
-    def _fetch(self, point: Perturbation, path: str, owners: list[Owner]) -> list[dict[str, torch.Tensor]]:
+    def _fetch(self, point: Perturbation, path: str, owners: list[Owner]) -> list[_Weights]:
         """Weights of each owner at the guest's point: the gathered ones, or moved by sign * scale * z.
 
         path: of the module that is entered, which holds those of all owners together.
         """
-        copies = self._copies_of((path, point.query), owners) if point.sign else _Copies()
-        fetched: list[dict[str, torch.Tensor]] = []
-        moving: list[tuple[dict[str, torch.Tensor], str, str]] = []
-        for owner in owners:
-            self.entered.add(owner.path)
-            weights = {local: self._weights.weight(owner.path, local).detach() for local in owner.owned}
-            for local, name in owner.owned.items():
-                weight = weights[local]
-                moves = point.sign != 0 and self._weights.trainable(name)
-                if is_made_where_read(owner.module, local, weight, owner.path in self._in_blocks):
-                    if moves and name not in copies.rows:
-                        copies.rows[name] = Rows(weight, name, point)
-                    rows = copies.rows[name] if moves else None
-                    weights[local] = Moved(weight, name, point if moves else Perturbation(), rows)
-                elif moves:
-                    moving.append((weights, local, name))
-                elif owner.path in self._enclosing:
-                    weights[local] = weight.clone()
-                else:
-                    weights[local] = aligned(weight)
-            fetched.append(weights)
-        if moving:
-            if not copies.pairs:
-                still = {name: weights[local] for weights, local, name in moving}
-                pairs = self._scratch.pairs([*still.values()])
-                for (name, weight), (plus, minus) in zip(still.items(), pairs, strict=True):
-                    perturb(weight, 0, plus, minus, name, point)
-                copies.pairs = dict(zip(still, pairs, strict=True))
-                self._kept += sum(weight.numel() for weight in still.values())
-            for weights, local, name in moving:
-                weights[local] = copies.pairs[name][point.sign < 0]
-        return fetched
+        moved: list[_Weights] = [{} for _ in owners]
+        if point.sign:
+            of = path, point.query
+            if of not in self._copies:
+                self._make_room(owners)
+                self._copies[of] = self._moved(point, owners)
+            moved = self._copies[of][point.sign]
+        return [
+            weights if len(weights) == len(owner.owned) else {**self._unmoved(owner, weights), **weights}
+            for owner, weights in zip(owners, moved, strict=True)
+        ]
 
-    def _copies_of(self, of: tuple[str, int], owners: list[Owner]) -> _Copies:
-        """What has been made of a module and direction; where there is no room, a new stretch begins with it."""
-        if of not in self._copies:
-            if not self._has_room(owners):
-                self._drop_copies()
-                # A module that calls this one still needs its copies.
-                self._scratch.begin(afresh=any(guest.open for guest in self._running))
-            self._copies[of] = _Copies()
-        return self._copies[of]
+    def _unmoved(self, owner: Owner, moved: _Weights) -> _Weights:
+        """The other weights of a module, as they are."""
+        self.entered.add(owner.path)
+        weights: _Weights = {}
+        for local, name in owner.owned.items():
+            if local in moved:
+                continue
+            weight = self._weights.weight(owner.path, local).detach()
+            if self._is_made_where_read(owner, local, weight):
+                weights[local] = Moved(weight, name, Perturbation(), None)
+            elif owner.path in self._enclosing:
+                weights[local] = weight.clone()
+            else:
+                weights[local] = aligned(weight)
+        return weights
+
+    def _moved(self, point: Perturbation, owners: list[Owner]) -> dict[int, list[_Weights]]:
+        """What moves of these modules, by sign: W + scale z and W - scale z."""
+        above, below = replace(point, sign=1), replace(point, sign=-1)
+        moved: dict[int, list[_Weights]] = {sign: [{} for _ in owners] for sign in (1, -1)}
+        copied: dict[str, torch.Tensor] = {}  # by parameter name
+        rows: dict[str, Rows] = {}
+        places = []
+        for owner, plus, minus in zip(owners, moved[1], moved[-1], strict=True):
+            self.entered.add(owner.path)
+            for local, name in owner.owned.items():
+                if not self._weights.trainable(name):
+                    continue
+                weight = self._weights.weight(owner.path, local).detach()
+                if self._is_made_where_read(owner, local, weight):
+                    looked_up = rows.setdefault(name, Rows(weight, name, point))
+                    plus[local] = Moved(weight, name, above, looked_up)
+                    minus[local] = Moved(weight, name, below, looked_up)
+                else:
+                    copied[name] = weight
+                    places.append((plus, minus, local, name))
+        pairs = dict(zip(copied, self._scratch.pairs([*copied.values()]), strict=True))
+        for name, weight in copied.items():
+            perturb(weight, 0, *pairs[name], name, point)
+            self._kept += weight.numel()
+        for plus, minus, local, name in places:
+            plus[local], minus[local] = pairs[name]
+        return moved
+
+    def _make_room(self, owners: list[Owner]) -> None:
+        """Where copies of these modules do not fit beside those at hand, a new stretch begins."""
+        if not self._has_room(owners):
+            self._drop_copies()
+            # A module that calls this one still needs its copies.
+            self._scratch.begin(afresh=any(guest.open for guest in self._running))
 
     def _drop_copies(self) -> None:
         self._copies, self._kept = {}, 0

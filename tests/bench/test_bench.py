@@ -11,6 +11,8 @@ from addax_ds.bench.engines import on_engine
 from addax_ds.bench.memory import METHODS, bench_memory
 from addax_ds.bench.noise import bench_noise
 from addax_ds.bench.ranks import on_ranks
+from addax_ds.bench.scale import KINDS as SCALE_KINDS
+from addax_ds.bench.scale import bench_scale
 from addax_ds.bench.step import Floor, bench_step
 from addax_ds.bench.wire import KINDS, bench_wire
 from addax_ds.cli.bench import bench
@@ -90,7 +92,7 @@ def squared_gradients(config: RunConfig) -> tuple[float, float]:
 
 def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("addax_ds.bench.noise.bench_noise", lambda: bench_noise(elements=1 << 12, repeats=1))
-    bench("noise", "fsdp", 2, None, tmp_path / "noise.json")
+    bench("noise", "fsdp", 2, None, "", tmp_path / "noise.json")
     assert "noise: 4,096 elements" in capsys.readouterr().out
     assert json.loads((tmp_path / "noise.json").read_text())["name"] == "noise"
 
@@ -163,13 +165,13 @@ def test_what_cannot_be_measured_is_refused_before_it_starts(tmp_path):
         (lambda: bench_step("zero-3"), "engine zero-3: give one of fsdp, zero3"),
         (lambda: bench_step("fsdp", ranks=4), "4 ranks cannot share 2 micro-batches evenly"),
         (lambda: bench_step("fsdp", ranks=1, gigabits=1), "a slowed link joins 2 ranks, not 1"),
-        (lambda: bench("wire", "fsdp", 2, 1, None), "--link 1: give the speed in Gbit/s, above 0, for step"),
+        (lambda: bench("wire", "fsdp", 2, 1, "", None), "--link 1: give the speed in Gbit/s, above 0, for step"),
         (lambda: bench_memory(ranks=0), "0 ranks cannot share"),
         (
-            lambda: bench("speed", "fsdp", 2, None, None),
+            lambda: bench("speed", "fsdp", 2, None, "", None),
             "bench speed: no such table: give one of noise, wire, step, memory",
         ),
-        (lambda: bench("noise", "fsdp", 2, None, tmp_path / "nowhere" / "x.json"), "no folder"),
+        (lambda: bench("noise", "fsdp", 2, None, "", tmp_path / "nowhere" / "x.json"), "no folder"),
     ):
         with pytest.raises(UserError, match=words):
             call()
@@ -179,3 +181,19 @@ def test_ranks_answer_and_a_rank_that_fails_ends_them_all():
     assert on_ranks(answer, 2, number=5) == [(0, 5), (1, 5)]
     with pytest.raises(UserError, match="rank 1: ValueError: this one is bad"):
         on_ranks(fail_on_the_second, 2)
+
+
+@pytest.mark.parametrize("kind", ["floor", "textbook", "addax, rademacher", "adazeta", "adamw"])
+def test_every_kind_of_step_is_taken_at_the_shape_of_a_model(tmp_path, kind):
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 50, **sizes}))
+    (row,) = bench_scale(str(tmp_path), kinds=(kind,)).rows
+    assert kind in SCALE_KINDS and row["step"] == kind and row["fits"] == "yes"
+    zeroth, first = 2 * 6 * 512, 4 * (512 if kind == "adamw" else 170)
+    tokens = {"adamw": first, "adazeta": zeroth}.get(kind, zeroth + first)
+    assert row["tokens/s"] * row["seconds"] == pytest.approx(tokens)
+
+
+def test_a_shape_that_nobody_knows_is_refused():
+    with pytest.raises(UserError, match="did you mean meta-llama/Llama-2-7b-hf"):
+        bench_scale("meta-llama/Llama-2-7b")
