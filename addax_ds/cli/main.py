@@ -99,6 +99,36 @@ def bench(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Shape by id, or a folder with config.json.")],
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GiB",
+    long: Annotated[int, typer.Option(help="Tokens of the longest document.")] = 512,
+    lt: Annotated[int, typer.Option(help="L_T: tokens of the longest that Addax takes first-order.")] = 170,
+    zo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes zeroth-order at once.")] = 6,
+    fo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes first-order at once.")] = 4,
+    all_layers: Annotated[bool, typer.Option(help="Rehearse with all layers in place of a few.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
+) -> None:
+    """Rehearse a step of every method on GPUs that are not there: memory by part, collectives, traffic."""
+    from addax_ds.cli.plan import bytes_of
+    from addax_ds.cli.plan import plan as run
+    from addax_ds.plan.compare import Layout
+
+    layout = Layout(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu_memory=bytes_of(gpu_memory),
+        long=long,
+        lt=lt,
+        zo_micro_batch=zo_micro_batch,
+        fo_micro_batch=fo_micro_batch,
+    )
+    run(model, layout, all_layers, json)
+
+
+@app.command()
 def verify(settings: Settings = None, local_rank: LocalRank = None) -> None:
     """Compare versions, devices, noise, weights, batches and a step across ranks; start it with mpirun or torchrun."""
     from addax_ds.cli.verify import verify as run

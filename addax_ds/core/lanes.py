@@ -501,11 +501,11 @@ class Lanes:
         """Where copies of these modules do not fit beside those at hand, a new stretch begins."""
         if not self._has_room(owners):
             self._drop_copies()
-            # A module that calls this one still needs its copies.
-            self._scratch.begin(afresh=any(guest.open for guest in self._running))
 
     def _drop_copies(self) -> None:
         self._copies, self._kept = {}, 0
+        # A module that is about to call another still needs its own.
+        self._scratch.begin(afresh=any(guest.open for guest in self._running))
 
     def _left(self, output: Any) -> Any:
         """What a module returned, made to outlive the module's weights."""

@@ -27,8 +27,9 @@ class Scratch:
 
     def begin(self, afresh: bool) -> None:
         """A stretch begins: what was taken before may be overwritten, unless it is to be `afresh`."""
-        if afresh:
-            self.release()
+        kept = {} if afresh else self._blocks
+        # A block that was too small for a whole stretch makes way for one that is not.
+        self._blocks = {kind: block for kind, block in kept.items() if block.numel() >= self._most[kind]}
         self._used, self._taken = {}, {}
 
     def pairs(self, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -59,8 +60,9 @@ class Scratch:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in memory that is used again."""
-        storage = tensor.untyped_storage().data_ptr()
-        return any(block.untyped_storage().data_ptr() == storage for block in self._blocks.values())
+        # Not by address of the memory, which fake tensors do not have.
+        storage = tensor.untyped_storage()._cdata
+        return any(block.untyped_storage()._cdata == storage for block in self._blocks.values())
 
     def release(self) -> None:
         """Give the memory up; tensors that lie in it keep it."""

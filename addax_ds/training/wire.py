@@ -21,10 +21,11 @@ class WireCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
-            self._count(function._schema.name.removeprefix("c10d::"), args)
+            self.count(function._schema.name.removeprefix("c10d::"), args)
         return function(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: tuple) -> None:
+    def count(self, name: str, args: tuple) -> None:
+        """Count one call of the collective `name` of c10d."""
         if "allgather" in name:
             self.received["all_gather"] += _bytes(args[0]) - _bytes(args[1])
         elif "reduce_scatter" in name:
