@@ -1,4 +1,4 @@
-"""What lanes hold in memory beside a first-order step: a module's copies, one guest at work, parked states."""
+"""What lanes hold in memory beside a first-order step: copies of a few modules, one guest at work, parked states."""
 
 import pytest
 import torch
@@ -14,11 +14,13 @@ from tests.engines.setups import running
 from tests.world import World
 
 VOCABULARY, HIDDEN, INTERMEDIATE = 4001, 30, 60
-SAMPLES, ZO_TOKENS, FO_TOKENS = 2, 16, 8
+SAMPLES, ZO_TOKENS, FO_TOKENS = 4, 32, 8
 FLOAT = 4
 LOGITS = SAMPLES * ZO_TOKENS * VOCABULARY * FLOAT
 # What a guest may hold while it waits inside a block: the residual, queries, keys and values, or gate and input.
 PARKED = SAMPLES * ZO_TOKENS * (4 * HIDDEN + 2 * INTERMEDIATE) * FLOAT
+# What is kept of a direction while guests take the embedding: both points of the rows, and a number for each of W's.
+ROWS = 2 * SAMPLES * ZO_TOKENS * HIDDEN * FLOAT + VOCABULARY * 8
 
 
 class Ledger(TorchDispatchMode):
@@ -87,18 +89,20 @@ def count(engine: str) -> None:
     first_order = peak_of_a_step(engine, alpha=0.0)
     guest = peak_of_a_forward()
     assert guest > LOGITS  # the measurement sees them
-    copies = 2 * VOCABULARY * HIDDEN * FLOAT  # of the largest module
+    copies = 2 * VOCABULARY * HIDDEN * FLOAT  # of the largest module, of which a stretch holds two
     mixed = {queries: peak_of_a_step(engine, queries=queries) for queries in (1, 4)}
     assert mixed[1] > guest
     for queries, peak in mixed.items():
-        assert peak <= first_order + guest + copies + 2 * queries * PARKED, (engine, queries, peak, first_order, guest)
+        most = first_order + guest + 2 * copies + 2 * queries * PARKED
+        assert peak <= most, (engine, queries, peak, first_order, guest)
     # Eight guests hold no more than two but for what they need to go on: no logits among it.
-    assert mixed[4] - mixed[1] <= 6 * PARKED < LOGITS / 2, (engine, mixed)
+    more = 6 * PARKED + 3 * ROWS + copies
+    assert mixed[4] - mixed[1] <= more < LOGITS, (engine, mixed)
 
 
 @pytest.mark.parametrize("engine", ["replicated", "fsdp", "zero3-evicting"])
 @pytest.mark.parametrize("world", [2], indirect=True)
-def test_guests_hold_one_modules_copies_and_one_set_of_logits(world: World, engine: str):
+def test_guests_hold_copies_of_a_few_modules_and_one_set_of_logits(world: World, engine: str):
     world.run(count, engine=engine)
 
 

@@ -67,30 +67,31 @@ def measured(shape: PretrainedConfig, config: RunConfig, long: int, short: int) 
 
 
 POINTS = [
-    ("addax", "llama", {}, 256, 64),
-    ("addax", "llama-tied", {"dtype": "bfloat16"}, 128, 64),
-    ("addax", "opt", {}, 96, 96),
-    ("addax", "llama", {"activation_checkpointing": True}, 128, 128),
-    ("mezo", "llama", {}, 256, 64),
-    ("mezo", "opt", {"dtype": "bfloat16"}, 384, 64),
-    ("ip-sgd", "llama-tied", {}, 64, 256),
-    ("ip-sgd", "opt", {}, 64, 128),
-    ("adamw", "llama", {}, 64, 128),
-    ("adamw", "llama", {"dtype": "bfloat16"}, 64, 128),
-    ("lora", "llama", {}, 64, 256),
-    ("adazeta", "llama", {}, 256, 64),
+    (1, "addax", "llama", {}, 256, 64),
+    (1, "addax", "llama-tied", {"dtype": "bfloat16"}, 128, 64),
+    (1, "adamw", "llama", {"dtype": "bfloat16"}, 64, 128),
+    (1, "adazeta", "llama", {}, 256, 64),
+    (2, "addax", "opt", {}, 96, 96),
+    (2, "addax", "llama", {"activation_checkpointing": True}, 128, 128),
+    (2, "mezo", "opt", {"dtype": "bfloat16"}, 384, 64),
+    (2, "ip-sgd", "llama-tied", {}, 64, 256),
+    (2, "lora", "llama", {}, 64, 256),
+    (4, "addax", "llama-tied", {}, 256, 64),
+    (4, "mezo", "llama", {}, 256, 64),
+    (4, "ip-sgd", "opt", {}, 64, 128),
 ]
+"""Ranks, method, shape, settings, and tokens of the long and of the short samples. No adamw on several ranks: its peak
+lies in the reduction of the head's gradient, for which gloo makes a copy of its own, and GPUs none."""
 
 
-@pytest.mark.parametrize("world", [1, 2, 4], indirect=True)
-@pytest.mark.parametrize(("method", "shape", "more", "long", "short"), POINTS)
+@pytest.mark.parametrize(("world", "method", "shape", "more", "long", "short"), POINTS, indirect=["world"])
 def test_the_peak_of_a_real_step_is_that_of_its_rehearsal(world: World, method, shape, more, long, short):
     config = run_of(method, world.size, **more)
     planned = rehearse(SHAPES[shape](), config, world.size, long, short)
     real = world.run(measured, shape=SHAPES[shape](), config=config, long=long, short=short)[0]
     print(f"{method} {shape} {more} {long}/{short}, {world.size} ranks: {planned.peak / real.peak - 1:+.1%}")
     apart = {part: size - real.parts[part] for part, size in planned.parts.items()}
-    assert planned.peak == pytest.approx(real.peak, rel=0.05), apart
+    assert planned.peak == pytest.approx(real.peak, rel=0.005), apart
     assert planned.collectives == real.collectives
     assert planned.received == real.received
 
@@ -112,7 +113,8 @@ def test_a_few_layers_tell_of_all(method):
         ("facebook/opt-13b", 12.853),
         ("facebook/opt-66b", 65.72),
         ("Qwen/Qwen2.5-0.5B", 0.494),
-        ("mistralai/Mixtral-8x7B-v0.1", 46.703),
+        # Experts lie along the dimension that is sharded: on 16 ranks 8 are padded to twice their 45.097 billions.
+        ("mistralai/Mixtral-8x7B-v0.1", 46.703 + 45.097),
     ],
 )
 def test_a_mixed_step_of_16_ranks_receives_three_model_sizes(model, billions):
@@ -120,8 +122,7 @@ def test_a_mixed_step_of_16_ranks_receives_three_model_sizes(model, billions):
     step = rehearse(shape, config, 16, 256, 64)
     size = 2e9 * billions * 15 / 16
     # FSDP2 pads what 16 does not divide.
-    tied = 0.136 * 2e9 * 15 / 16 if model.startswith("Qwen") else 0.0
-    assert sum(step.received.values()) == pytest.approx(3 * size + tied * 0, rel=0.05)
+    assert sum(step.received.values()) == pytest.approx(3 * size, rel=0.05)
     assert step.collectives["_allgather_base_"] == 2 * step.collectives["_reduce_scatter_base_"]
     assert step.collectives["allreduce_"] == 1
     shard = 2e9 * billions / 16
