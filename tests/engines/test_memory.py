@@ -14,7 +14,7 @@ from tests.engines.setups import running
 from tests.world import World
 
 VOCABULARY, HIDDEN, INTERMEDIATE = 4001, 30, 60
-SAMPLES, ZO_TOKENS, FO_TOKENS = 4, 32, 8
+SAMPLES, ZO_TOKENS, FO_TOKENS = 2, 64, 8
 FLOAT = 4
 LOGITS = SAMPLES * ZO_TOKENS * VOCABULARY * FLOAT
 # What a guest may hold while it waits inside a block: the residual, queries, keys and values, or gate and input.
