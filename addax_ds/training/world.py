@@ -75,7 +75,7 @@ def _discover_slurm() -> None:
         raise UserError(
             f"srun does not tell ranks their address: set {' and '.join(missing)}, or have it start torchrun on each node"
         )
-    for name, told in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+    for name, told in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
         os.environ[name] = os.environ[f"SLURM_{told}"]
 
 
