@@ -31,6 +31,7 @@ LAUNCHERS = {
         ["engine=deepspeed", f"ds_config={LAUNCH.parent / 'ds_configs' / 'zero3.json'}"],
     ),
 }
+ZEROTH_ORDER = ["alpha=1", "lr=1e-6"]  # ends with the same bits, however often it is started again
 RANKS = 2  # of each node
 SECONDS = 1800.0  # for a run
 
@@ -52,11 +53,13 @@ def main(
                 give_up_soon(host)
             output.mkdir(parents=True)
             (output / "hostfile").write_text("".join(f"{host.address} slots={RANKS}\n" for host in hosts))
+            expected = None
             for launcher in LAUNCHERS:
                 jobs = Jobs(launcher, hosts, words, output)
                 try:
                     compare_gathers(jobs, link)
-                    lose_the_link(jobs)
+                    expected = expected or undisturbed(jobs)
+                    lose_the_link(jobs, expected)
                 finally:
                     jobs.end()
     except UserError as error:
@@ -149,13 +152,15 @@ def compare_gathers(jobs: Jobs, link: float) -> None:
     )
 
 
-def lose_the_link(jobs: Jobs) -> None:
-    """Take the link away in the middle of a run, and have the run go on; exits where that goes wrong."""
-    zeroth_order = ["alpha=1", "lr=1e-6"]  # the same bits, however often it is started
-    jobs.start("undisturbed", *zeroth_order)
-    expected = jobs.summary("undisturbed")["final_digest"]
+def undisturbed(jobs: Jobs) -> str:
+    """The digest of a zeroth-order run that is left alone, the same under every launcher."""
+    jobs.start("undisturbed", *ZEROTH_ORDER)
+    return jobs.summary("undisturbed")["final_digest"]
 
-    jobs.start("cut", *zeroth_order)
+
+def lose_the_link(jobs: Jobs, expected: str) -> None:
+    """Take the link away in the middle of a run, and have the run go on; exits where that goes wrong."""
+    jobs.start("cut", *ZEROTH_ORDER)
     if any(status is not None for status in jobs.wait("cut", until=lambda: jobs.steps("cut") >= 2)):
         sys.exit(f"{jobs.launcher}: cut ended before its link did: see {jobs.folder('cut')}.*.log, or set more steps")
     down = time.monotonic()
@@ -169,13 +174,10 @@ def lose_the_link(jobs: Jobs) -> None:
         print(f"  node {node}, status {status}: {told[0]}", flush=True)
 
     jobs.hosts[1].plug("up")
-    jobs.start("cut", *zeroth_order)
+    jobs.start("cut", *ZEROTH_ORDER)
     digest = jobs.summary("cut")["final_digest"]
     same = "the same" if digest == expected else "NOT the same"
-    print(
-        f"{jobs.launcher}, link up again: digest {digest[:12]}, undisturbed {expected[:12]}: {same}",
-        flush=True,
-    )
+    print(f"{jobs.launcher}, link up again: digest {digest[:12]}, undisturbed {expected[:12]}: {same}", flush=True)
     if digest != expected:
         sys.exit(1)
 
