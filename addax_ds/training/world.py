@@ -73,7 +73,7 @@ def _discover_slurm() -> None:
     # Else each task would take itself for a world of one and write the same folder.
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
-            f"srun does not tell ranks their address: set {' and '.join(missing)}, or have it start torchrun on each node"
+            f"srun does not tell ranks their address: set {' and '.join(missing)}, or start torchrun on each node"
         )
     for name, told in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
         os.environ[name] = os.environ[f"SLURM_{told}"]

@@ -97,12 +97,20 @@ class Jobs:
         self._processes = []
         for rank, host in enumerate(self.hosts):
             variables = {
-                **{"NODES": str(len(self.hosts)), "GPUS_PER_NODE": str(RANKS), "HEAD": self.hosts[0].address},
-                **{"LAUNCHER": "no_ssh", "HOSTFILE": str(self._output / "hostfile"), "NODE_RANK": str(rank)},
-                "GLOO_SOCKET_IFNAME": host.interface,
+                "NODES": str(len(self.hosts)),
+                "GPUS_PER_NODE": str(RANKS),
+                "HEAD": self.hosts[0].address,
+                "HOSTFILE": str(self._output / "hostfile"),
+                "LAUNCHER": "no_ssh",
+                "NODE_RANK": str(rank),
                 # These hosts have addresses, but no names that torchrun could look up.
-                **{"PET_LOCAL_ADDR": host.address, "PET_RDZV_CONF": f"is_host={rank == 0}"},
-                **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+                "PET_LOCAL_ADDR": host.address,
+                "PET_RDZV_CONF": f"is_host={rank == 0}",
+                "GLOO_SOCKET_IFNAME": host.interface,
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "CUDA_VISIBLE_DEVICES": "",  # GPUs of one machine do not use its network
+                "HF_HUB_OFFLINE": "1",
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             }
             command = ["ip", "netns", "exec", host.namespace, "bash", str(LAUNCH / script)]

@@ -81,9 +81,9 @@ def test_a_step_under_a_ds_config_of_a_large_model_is_that_of_one_process(tiny, 
         settings["zero_optimization"]["zero_hpz_partition_size"] = 2
     (tmp_path / "ds_config.json").write_text(json.dumps(settings))
     losses = []
-    for output, ranks, engine in (("one", 1, []), ("out", ranks, ["engine=deepspeed", "ds_config=ds_config.json"])):
+    for output, size, engine in (("one", 1, []), ("out", ranks, ["engine=deepspeed", "ds_config=ds_config.json"])):
         words = [tiny.run_file, "dtype=bfloat16", "save=false", f"output={output}", *engine]
-        run("train", *words, cwd=tmp_path, ranks=ranks).check()
+        run("train", *words, cwd=tmp_path, ranks=size).check()
         lines = (tmp_path / output / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss_fo"] for line in lines])
     assert len(losses[0]) == 3 and losses[0][0] != losses[0][-1]

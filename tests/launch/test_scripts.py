@@ -1,4 +1,4 @@
-"""Scripts that start a job on several nodes: what they would start, and what they do start where one machine can tell."""
+"""Scripts that start a job on several nodes: what they would start, and what they do start on one machine."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def script(name, *words, cwd=None, first=None, **variables):
         (
             "deepspeed.sh",
             {"LAUNCHER": "slurm", "HEAD": "n"},
-            ["MASTER_ADDR=n", "MASTER_PORT=29500", "deepspeed", "slurm"],
+            ["MASTER_ADDR=n", "MASTER_PORT=29500", "slurm"],
         ),
         ("deepspeed.sh", {"LAUNCHER": "no_ssh", "NODE_RANK": 1}, ["--no_ssh", "--node_rank", "1", "node-0"]),
         ("torchrun.sh", {"HEAD": "n", "NODES": 4}, ["torchrun", "--nnodes", "4", "c10d", "n:29500"]),
@@ -125,5 +125,5 @@ def test_tasks_of_srun_without_an_address_say_what_to_set(tiny, tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert "addax-ds: srun does not tell ranks their address: set MASTER_ADDR, or have" in done.stderr
+    assert "addax-ds: srun does not tell ranks their address: set MASTER_ADDR, or start" in done.stderr
     assert not (tmp_path / "runs").exists()
