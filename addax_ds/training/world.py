@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from addax_ds.errors import PreemptedError, RankLostError, UserError, is_of_another_rank
+from addax_ds.errors import PreemptedError, RankLostError, UserError, of_another_rank
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -129,10 +129,13 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         _let_others_meet_it(rank, size)
         raise
     except RuntimeError as error:
-        if is_of_another_rank(error):
+        if lost := of_another_rank(error):
+            reason = " ".join(str(lost).partition("This is typically caused")[0].split())[
+                -120:
+            ]  # gloo's advice is long
             raise RankLostError(
                 f"rank {rank}: another rank has ended or did not answer for {timeout_minutes:g} minutes "
-                f"({' '.join(str(error).split())[-120:]}): see what it or its node says; a run with output=FOLDER goes "
+                f"({reason}): see what it or its node says; a run with output=FOLDER goes "
                 "on when it is started again"
             ) from error
         raise
