@@ -13,7 +13,7 @@ from addax_ds.shapes import shape_of
 from addax_ds.training.models import read_ds_config
 from tests.launch.processes import ROOT
 
-SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci" / "run"])
 DS_CONFIGS = sorted(ROOT.glob("ds_configs/*.json"))
 LARGE_DS_CONFIGS = sorted(ROOT.glob("ds_configs/*/*.json"))
 LARGE = {size: f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")}
