@@ -19,12 +19,13 @@ class RankLostError(Exception):
     """A collective failed because another rank has ended or does not answer."""
 
 
-def is_of_another_rank(error: BaseException | None) -> bool:
-    """Whether an error, or one that it followed upon, is that of a collective which another rank has left."""
-    words = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "connection refused")
+def of_another_rank(error: BaseException | None) -> BaseException | None:
+    """That error, or one that it followed upon, which is of a collective that another rank has left; else None."""
+    closed = ("closed by peer", "reset by peer", "broken pipe", "connection refused")
+    words = (*closed, "timed out", "timeout", "no route to host", "unreachable")
     while error is not None:
         told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
         if told or isinstance(error, dist.DistError):
-            return True
+            return error
         error = error.__context__
-    return False
+    return None

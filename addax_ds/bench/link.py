@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from addax_ds.errors import UserError
 
@@ -28,6 +29,10 @@ class Host:
         with Path("/run/netns", self.namespace).open() as file:
             if libc.setns(file.fileno(), _CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {self.namespace}")
+
+    def plug(self, state: Literal["up", "down"]) -> None:
+        """Set this end of the link up or down."""
+        _run("ip", "-n", self.namespace, "link", "set", self.interface, state)
 
 
 @contextlib.contextmanager
@@ -53,7 +58,7 @@ def linked(gigabits: float) -> Iterator[list[Host]]:
             inside = ("ip", "-n", host.namespace)
             _run(*inside, "address", "add", f"{host.address}/24", "dev", host.interface)
             _run(*inside, "link", "set", "lo", "up")
-            _run(*inside, "link", "set", host.interface, "up")
+            host.plug("up")
             _run(
                 *("tc", "-n", host.namespace, "qdisc", "add", "dev", host.interface, "root"),
                 *("tbf", "rate", f"{gigabits}gbit", "burst", "1mb", "latency", "50ms"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from addax_ds.errors import is_of_another_rank
+from addax_ds.errors import of_another_rank
 
 
 class HostForwardError(Exception):
@@ -90,7 +90,7 @@ class HostForward:
             raise
         except Exception as error:
             self._seen = None
-            if is_of_another_rank(error):
+            if of_another_rank(error):
                 raise
             if not self._whole:
                 self._failed_on(True)

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from addax_ds.core.shard import Shard
 from addax_ds.digest import digest_of, digest_over, weights_digest
 from addax_ds.engines.base import Engine
-from addax_ds.errors import UserError, is_of_another_rank
+from addax_ds.errors import UserError, of_another_rank
 from addax_ds.training.agreement import agree, from_main
 from addax_ds.training.finite import not_finite
 from addax_ds.training.metrics import sync_folder, write_json, write_whole
@@ -320,7 +320,7 @@ def _read(path: Path, shards: list[Shard], group: dist.ProcessGroup | None) -> N
     try:
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as failure:  # a damaged file can fail anywhere in its readers
-        if is_of_another_rank(failure):
+        if of_another_rank(failure):
             raise
         if isinstance(_first_of(failure), OSError | MemoryError):
             raise UserError(_unread(path, failure)) from None

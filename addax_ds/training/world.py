@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from addax_ds.errors import PreemptedError, RankLostError, UserError, is_of_another_rank
+from addax_ds.errors import PreemptedError, RankLostError, UserError, of_another_rank
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -36,8 +36,8 @@ class World:
 def discover() -> None:
     """Fill in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not.
 
-    `torchrun` and `deepspeed` set them; under `mpirun` they are agreed on through mpi4py; a plain
-    `python` process is a world of one.
+    `torchrun` and `deepspeed` set them; under `mpirun` they are agreed on through mpi4py; `srun` tells
+    ranks all but the address, which must be in the environment; a plain `python` process is a world of one.
     """
     if "RANK" in os.environ:
         return
@@ -45,10 +45,8 @@ def discover() -> None:
         _discover_mpi()
         return
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
-        # Each task would take itself for a world of one and write the same folder.
-        raise UserError(
-            "srun alone does not tell ranks their address: have it start torchrun on each node, or use mpirun"
-        )
+        _discover_slurm()
+        return
     _set(rank=0, size=1, local_rank=0, address="127.0.0.1", port=_free_port())
 
 
@@ -69,6 +67,16 @@ def _discover_mpi() -> None:
     _set(everyone.Get_rank(), everyone.Get_size(), node.Get_rank(), address, port)
     # Else it is done at exit, where a rank that fails would wait for the others for ever.
     MPI.Finalize()
+
+
+def _discover_slurm() -> None:
+    # Else each task would take itself for a world of one and write the same folder.
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"srun does not tell ranks their address: set {' and '.join(missing)}, or start torchrun on each node"
+        )
+    for name, told in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
+        os.environ[name] = os.environ[f"SLURM_{told}"]
 
 
 def _set(rank: int, size: int, local_rank: int, address: str, port: int) -> None:
@@ -121,10 +129,13 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         _let_others_meet_it(rank, size)
         raise
     except RuntimeError as error:
-        if is_of_another_rank(error):
+        if lost := of_another_rank(error):
+            reason = " ".join(str(lost).partition("This is typically caused")[0].split())[
+                -120:
+            ]  # gloo's advice is long
             raise RankLostError(
                 f"rank {rank}: another rank has ended or did not answer for {timeout_minutes:g} minutes "
-                f"({' '.join(str(error).split())[-120:]}): see what it or its node says; a run with output=FOLDER goes "
+                f"({reason}): see what it or its node says; a run with output=FOLDER goes "
                 "on when it is started again"
             ) from error
         raise

@@ -4,14 +4,19 @@ import json
 import subprocess
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from addax_ds.compare.plan import check, load_comparison
 from addax_ds.config import RunConfig, load_run
+from addax_ds.shapes import shape_of
 from addax_ds.training.models import read_ds_config
 from tests.launch.processes import ROOT
 
-SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci" / "run"])
 DS_CONFIGS = sorted(ROOT.glob("ds_configs/*.json"))
+LARGE_DS_CONFIGS = sorted(ROOT.glob("ds_configs/*/*.json"))
+LARGE = {size: f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")}
 COMPARISONS = sorted(ROOT.glob("launch/reproduce/compare_*.yaml"))
 RUN_FILES = sorted({*ROOT.glob("launch/**/*.yaml")} - {*COMPARISONS})
 
@@ -37,6 +42,31 @@ def test_ds_configs_take_the_runs_settings(path):
     assert read_ds_config(RunConfig(engine="deepspeed", ds_config=str(path), dtype="bfloat16"))["bf16"]["enabled"]
     # Alone, without a run, the file must be what deepspeed.initialize takes: DeepSpeed clips by default.
     assert json.loads(path.read_text())["gradient_clipping"] == 0
+
+
+@pytest.mark.parametrize("path", LARGE_DS_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_ds_configs_of_large_models_are_taken_and_keep_two_blocks_gathered_but_no_more(path):
+    from deepspeed import DeepSpeedConfig
+
+    config = RunConfig(engine="deepspeed", ds_config=str(path), dtype="bfloat16", lr=0.5)
+    ds_config = read_ds_config(config)
+    assert (ds_config["optimizer"]["type"], ds_config["optimizer"]["params"]["lr"]) == ("Addax", 0.5)
+    taken = DeepSpeedConfig(json.loads(path.read_text()))
+    assert taken.bfloat16_config.enabled and taken.gradient_clipping == 0
+    zero = taken.zero_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape_of(LARGE[path.parent.name]))
+    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert block <= zero.prefetch_bucket_size <= 1.05 * block
+    assert 2 * block <= zero.max_live_parameters <= 2.1 * block
+    assert zero.max_reuse_distance == 0
+    offloads = zero.offload_param is not None and zero.offload_param.device == "cpu"
+    assert (offloads, zero.zero_hpz_partition_size) == ("offload" in path.stem, 8 if "hpz" in path.stem else 1)
+
+
+def test_each_large_size_has_a_ds_config_of_each_kind():
+    kinds = ("zero3", "zero3_hpz", "zero3_offload_param")
+    assert {(path.parent.name, path.stem) for path in LARGE_DS_CONFIGS} == {(s, k) for s in LARGE for k in kinds}
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)

@@ -74,6 +74,22 @@ def test_hsdp_gives_the_same_bits_too(alone, tiny, tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["final_digest"] == alone["final_digest"]
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("zero3", 2), ("zero3_offload_param", 2), ("zero3_hpz", 4)])
+def test_a_step_under_a_ds_config_of_a_large_model_is_that_of_one_process(tiny, tmp_path, kind, ranks):
+    settings = json.loads((ROOT / "ds_configs" / "70b" / f"{kind}.json").read_text())
+    if kind == "zero3_hpz":  # two nodes of two ranks, not of eight
+        settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "ds_config.json").write_text(json.dumps(settings))
+    losses = []
+    for output, size, engine in (("one", 1, []), ("out", ranks, ["engine=deepspeed", "ds_config=ds_config.json"])):
+        words = [tiny.run_file, "dtype=bfloat16", "save=false", f"output={output}", *engine]
+        run("train", *words, cwd=tmp_path, ranks=size).check()
+        lines = (tmp_path / output / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss_fo"] for line in lines])
+    assert len(losses[0]) == 3 and losses[0][0] != losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], abs=0.01)  # gradients are rounded to bfloat16 before they are summed
+
+
 MIXED = ["steps=10"]
 
 

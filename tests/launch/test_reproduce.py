@@ -65,3 +65,20 @@ def test_kills_are_survived(tiny, tmp_path, launcher, engine):
     done = script("kills.py", *words, "--kills", 3, "--launcher", launcher, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert re.search(r"3 kills \{.*\} survived", done.stdout)
+
+
+@pytest.mark.timeout(1500)  # nine starts of four ranks, with other tests on the same cores
+def test_two_hosts_gather_once_for_all_lanes_and_survive_the_loss_of_their_link(tiny, tmp_path):
+    words = [tiny.run_file, "steps=40", "timeout_minutes=0.2", "--link", "0.01", "--output", tmp_path / "out"]
+    done = script("two_hosts.py", *words, cwd=tmp_path, seconds=1480)
+    if done.returncode == 2 and "two hosts cannot be rehearsed here" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for launcher in ("torchrun", "deepspeed --no_ssh"):
+        _, told = done.stdout.split(f"{launcher}, link of 0.01 Gbit/s: ")
+        assert float(re.search(r"\((\S+) times\)", told)[1]) > 1.2, (
+            "gathers for each forward must cost more on this link"
+        )
+        cause = r"  node \d, status 1: addax-ds: rank \d: another rank has ended or did not answer for 0.2 minutes"
+        assert len(re.findall(cause, told.split("link up again")[0])) == 2
+        assert re.search(r"link up again: digest (\w+), undisturbed \1: the same", told)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Fine-tune on the nodes of a hostfile with the deepspeed command. Arguments go to the train command:
+#   bash launch/deepspeed.sh [--dry-run] run.yaml output=/shared/run
+# LAUNCHER is pdsh (over ssh), openmpi, slurm (within an allocation), or no_ssh, where each node is given the command
+# with its NODE_RANK. HOSTFILE lists the nodes, HEAD is the address of the first one, PORT the one it listens on.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+source "$here/start.sh"
+
+hostfile=${HOSTFILE:-$here/hostfile}
+head=${HEAD:-$(awk 'NF && !/^#/ { print $1; exit }' "$hostfile")}
+port=${PORT:-29500}
+# --force_multi: else a hostfile of one node starts ranks on this one, whatever its name.
+command=(deepspeed --hostfile "$hostfile" --force_multi --no_local_rank --master_addr "$head" --master_port "$port")
+case ${LAUNCHER:=pdsh} in
+  pdsh) command+=(--launcher pdsh) ;;
+  # DeepSpeed names eth0 itself where nobody names an interface.
+  openmpi) command+=(--launcher openmpi --no_ssh_check --launcher_args "--mca btl_tcp_if_include ${INTERFACE:-eth0}") ;;
+  slurm)
+    # DeepSpeed's launcher for it tells ranks no address: srun hands on the environment.
+    command=(env MASTER_ADDR="$head" MASTER_PORT="$port" "${command[@]}" --launcher slurm --no_ssh_check)
+    ;;
+  no_ssh) command+=(--no_ssh --node_rank "${NODE_RANK:?set it to the place of this node in the hostfile, from 0}") ;;
+  *)
+    echo "LAUNCHER is $LAUNCHER: set it to pdsh, openmpi, slurm or no_ssh" >&2
+    exit 2
+    ;;
+esac
+start "${command[@]}" "$here/train.py" "$@"

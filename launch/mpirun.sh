@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fine-tune on the nodes of a hostfile with Open MPI, a rank for each slot. Arguments go to the train command:
+#   bash launch/mpirun.sh [--dry-run] run.yaml engine=fsdp output=/shared/run
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+source "$here/start.sh"
+
+python=$(command -v python)  # the same on every node, where PATH may be another
+# --bind-to none: else all threads of a rank share one core.
+start mpirun --hostfile "${HOSTFILE:-$here/hostfile}" --bind-to none "$python" "$here/train.py" "$@"

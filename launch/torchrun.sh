@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Fine-tune on several nodes with torchrun: give the same command on each. Arguments go to the train command:
+#   HEAD=node-0 bash launch/torchrun.sh [--dry-run] run.yaml engine=fsdp output=/shared/run
+# The nodes meet at HEAD, the name or address of one of them, and PORT. RESTARTS is how often ranks are started again.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+source "$here/start.sh"
+
+start torchrun --nnodes "${NODES:-2}" --nproc_per_node "${GPUS_PER_NODE:-8}" --max_restarts "${RESTARTS:-0}" \
+  --rdzv_backend c10d --rdzv_endpoint "${HEAD:?set it to the name or address of a node}:${PORT:-29500}" \
+  --rdzv_id "${JOB:-addax}" "$here/train.py" "$@"
