@@ -92,7 +92,8 @@ def open_model(location: str, config: RunConfig) -> tuple[nn.Module, Unread]:
 
     It is loaded whole where that cannot be: see `open_weights`, `_shards` and `_reads_backbone`.
     """
-    if _shards(config) and not _reads_backbone(config):
+    quantized = hasattr(_from_pretrained(AutoConfig, location), "quantization_config")
+    if _shards(config) and not quantized and not _reads_backbone(config):
         opened = open_weights(location, partial(_loaded, location, config))
         if opened is not None:
             model, unread = opened

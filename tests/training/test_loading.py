@@ -1,0 +1,236 @@
+"""Weights read straight into shards: the same as those that are loaded whole, without the memory for them."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import addax_ds
+from addax_ds.config import LoraConfig, PrefixConfig, RunConfig, TensorTrainConfig
+from addax_ds.core.shard import Shard
+from addax_ds.digest import weights_digest
+from addax_ds.errors import UserError
+from addax_ds.training.loading import by_name, fill
+from addax_ds.training.memory import read_peak, reset_peak, resident
+from addax_ds.training.models import build_optimizer, load_model, open_model
+from addax_ds.training.world import World as Ranks
+from tests.training.test_export import write_zero3
+from tests.world import World
+
+ENGINES = ("fsdp", "zero3")
+SIZES = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "vocab_size": 67, "pad_token_id": 0}
+WEIGHTS = "model.safetensors"
+
+
+def llama(**settings: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **{"intermediate_size": 40, **settings}))
+
+
+def opt() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=40, word_embed_proj_dim=24, max_position_embeddings=32))
+
+
+def without_head(folder: Path) -> None:
+    """The file of a model without a head: its names lack the prefix."""
+    opt().model.save_pretrained(folder)
+    opt().config.save_pretrained(folder)
+
+
+def with_tied_twice(folder: Path) -> None:
+    """A file with a tied weight under both of its names."""
+    llama(tie_word_embeddings=True).save_pretrained(folder)
+    tensors = load_file(folder / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+FOLDERS: dict[str, Callable[[Path], Any]] = {
+    "tied": lambda folder: llama(tie_word_embeddings=True).save_pretrained(folder),
+    "untied": lambda folder: llama(tie_word_embeddings=False).save_pretrained(folder),
+    "several files": lambda folder: llama(tie_word_embeddings=False).save_pretrained(folder, max_shard_size="9KB"),
+    "opt": lambda folder: opt().save_pretrained(folder),
+    "without head": without_head,
+    "tied twice": with_tied_twice,
+}
+WHOLE = {"tied twice"}
+"""Those that are loaded whole all the same."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for number, (name, write) in enumerate(FOLDERS.items()):
+        made[name] = tmp_path_factory.mktemp("models") / str(number)
+        write(made[name])
+    return made
+
+
+def config_for(engine: str, model: Path, folder: Path, **settings: Any) -> RunConfig:
+    """A run of this engine."""
+    words = dict(word.split("=") for word in (write_zero3(folder) if engine == "zero3" else ["engine=fsdp"]))
+    return RunConfig(model=str(model), data="movies", activation_checkpointing=False, **words, **settings)
+
+
+def ranks() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+def weights_and_buffers(config: RunConfig, whole: bool) -> tuple[str, dict[str, torch.Tensor], bool]:
+    """Of the model on its engine; and whether it was loaded whole."""
+    model, unread = (load_model(config.model, config), {}) if whole else open_model(config.model, config)
+    engine = build_optimizer(model, config, ranks(), unread).engine
+    return weights_digest(engine), dict(engine.model.named_buffers()), not unread
+
+
+@pytest.mark.parametrize("world", [2, 3], indirect=True)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_weights_read_into_shards_are_those_loaded_whole(world: World, folders, tmp_path, name, engine):
+    for dtype in ("float32", "bfloat16"):
+        config = config_for(engine, folders[name], tmp_path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=dtype)
+        digest = weights_digest(addax_ds.Addax(model).engine)
+        for found, buffers, whole in world.run(weights_and_buffers, config=config, whole=False):
+            assert found == digest and whole == (name in WHOLE)
+            for path, buffer in model.named_buffers():
+                assert torch.equal(buffers[path], buffer) and buffers[path].dtype == buffer.dtype
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("adapter", [LoraConfig(), TensorTrainConfig()], ids=["lora", "tensor-train"])
+def test_adapters_beside_weights_in_files_are_drawn_as_beside_whole_ones(
+    world: World, folders, tmp_path, engine, adapter
+):
+    config = config_for(engine, folders["tied"], tmp_path, dtype="bfloat16", adapter=adapter)
+    apart = world.run(weights_and_buffers, config=config, whole=False)
+    together = world.run(weights_and_buffers, config=config, whole=True)
+    assert [digest for digest, _, _ in apart] == [digest for digest, _, _ in together]
+    assert not any(whole for _, _, whole in apart)
+
+
+BIG = LlamaConfig(
+    vocab_size=2000,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+)
+KEPT = 16 * 2**20
+"""Bytes that allocators and collectives keep of what is freed."""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> tuple[Path, int, int]:
+    """A model of 104 MiB in float32, its bytes, and those of its largest parameter."""
+    folder = tmp_path_factory.mktemp("big")
+    model = LlamaForCausalLM(BIG)
+    model.save_pretrained(folder)
+    sizes = [p.nbytes for p in model.parameters()]
+    return folder, sum(sizes), max(sizes)
+
+
+@pytest.fixture
+def fresh() -> Iterator[World]:
+    """Two ranks that have held nothing before."""
+    world = World(2)
+    yield world
+    world.close()
+
+
+def growth_in_loading(config: RunConfig, first: RunConfig, whole: bool) -> int:
+    """Bytes that this rank took at most while it loaded a model; `first` is loaded before, for what is imported."""
+    weights_and_buffers(first, whole)
+    reset_peak()
+    before = resident()
+    model, unread = (load_model(config.model, config), {}) if whole else open_model(config.model, config)
+    engine = build_optimizer(model, config, ranks(), unread).engine
+    assert sum(shard.local.numel() for shard in engine.shards())
+    return read_peak() - before
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="resident peaks are Linux's")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_holds_its_shard_and_a_parameter_while_it_loads(fresh: World, big, folders, tmp_path, engine, dtype):
+    folder, size, largest = big
+    config, first = (config_for(engine, model, tmp_path, dtype=dtype) for model in (folder, folders["untied"]))
+    shard = size // 2 if dtype == "float32" else size // 4
+    apart = fresh.run(growth_in_loading, config=config, first=first, whole=False)
+    assert shard < min(apart) and max(apart) < shard + largest + KEPT
+    assert min(fresh.run(growth_in_loading, config=config, first=first, whole=True)) > shard + largest + KEPT
+
+
+def with_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def with_quantization(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def without_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def of_another_shape(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][1:].clone()
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def cut_off(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("other", [with_pickle, with_quantization])
+def test_weights_in_other_forms_are_loaded_whole(folders, tmp_path, other):
+    shutil.copytree(folders["untied"], tmp_path / "model")
+    other(tmp_path / "model")
+    model, unread = open_model(str(tmp_path / "model"), config_for("fsdp", tmp_path / "model", tmp_path))
+    assert not unread
+    assert torch.equal(model.get_parameter("lm_head.weight"), llama(tie_word_embeddings=False).lm_head.weight)
+
+
+def test_adapters_that_begin_as_what_the_backbone_computes_have_it_whole(folders, tmp_path):
+    config = config_for("fsdp", folders["untied"], tmp_path, adapter=PrefixConfig())
+    assert not open_model(config.model, config)[1]
+
+
+@pytest.mark.parametrize("damage", [without_a_weight, of_another_shape, cut_off])
+def test_what_cannot_be_loaded_is_refused_in_the_words_of_loading_it_whole(folders, tmp_path, damage):
+    shutil.copytree(folders["untied"], tmp_path / "model")
+    damage(tmp_path / "model")
+    config = config_for("fsdp", tmp_path / "model", tmp_path)
+    with pytest.raises(UserError) as whole:
+        load_model(config.model, config)
+    with pytest.raises(UserError) as apart:
+        open_model(config.model, config)
+    assert str(apart.value) == str(whole.value)
+
+
+def test_a_file_that_goes_bad_before_it_is_read_is_one_line(folders, tmp_path):
+    shutil.copytree(folders["untied"], tmp_path / "model")
+    config = config_for("fsdp", tmp_path / "model", tmp_path)
+    model, unread = open_model(config.model, config)
+    cut_off(tmp_path / "model")
+    places = by_name(model, unread)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read .*: restore it"):
+        fill([Shard("lm_head.weight", 67 * 24, 0, torch.empty(67 * 24))], places)
