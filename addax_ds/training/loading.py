@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from addax_ds.config import PrefixConfig, RunConfig
 from addax_ds.core.hollow import hollow
 from addax_ds.core.shard import Shard
 from addax_ds.core.skeleton import link_buffers
@@ -50,6 +51,16 @@ Unread: TypeAlias = Mapping[nn.Parameter, Place]
 """The hollow parameters of a model, and where their values lie."""
 NOTHING: Unread = MappingProxyType({})
 """Of a model that is whole."""
+
+
+def may_stay_in_files(config: RunConfig, ds_config: dict[str, Any]) -> bool:
+    """Whether the run's engine shards weights, and nothing looks at them before."""
+    zero = ds_config.get("zero_optimization", {})
+    # Of quantized weights and those on NVMe a shard is no range of the weight's own memory.
+    odd = any(key.startswith("zero_quantized") for key in zero) or "nvme" in str(zero.get("offload_param"))
+    shards = config.engine == "fsdp" or (zero.get("stage") == 3 and not odd)
+    # A prefix begins as keys and values of the backbone; adapters of a folder belong to one of a digest.
+    return shards and not isinstance(config.adapter, PrefixConfig) and config.adapter_weights is None
 
 
 def open_weights(location: str, make: Callable[..., Any]) -> tuple[Any, Unread] | None:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from addax_ds.adapters.choose import adapt
 from addax_ds.baselines import Baseline, DeepSpeedBaseline, TorchBaseline
-from addax_ds.config import BASELINES, AddaxConfig, PrefixConfig, RunConfig
+from addax_ds.config import BASELINES, AddaxConfig, RunConfig
 from addax_ds.core.scratch import aligned
 from addax_ds.core.skeleton import strip
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
@@ -35,7 +35,7 @@ from addax_ds.engines.ops import ADAM, COLLECTIVES, build_op
 from addax_ds.engines.replicated import Replicated
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
-from addax_ds.training.loading import NOTHING, Unread, by_name, fill, open_weights
+from addax_ds.training.loading import NOTHING, Unread, by_name, fill, may_stay_in_files, open_weights
 from addax_ds.training.world import World
 
 if TYPE_CHECKING:
@@ -88,31 +88,15 @@ def load_model(location: str, config: RunConfig) -> nn.Module:
 
 
 def open_model(location: str, config: RunConfig) -> tuple[nn.Module, Unread]:
-    """The same for `build_optimizer`, its weights left in their files where the run's engine shards them.
-
-    It is loaded whole where that cannot be: see `open_weights`, `_shards` and `_reads_backbone`.
-    """
+    """The same for `build_optimizer`, its weights left in their files where the run allows it."""
     quantized = hasattr(_from_pretrained(AutoConfig, location), "quantization_config")
-    if _shards(config) and not quantized and not _reads_backbone(config):
+    ds_config = read_ds_config(config) if config.engine == "deepspeed" else {}
+    if not quantized and may_stay_in_files(config, ds_config):
         opened = open_weights(location, partial(_loaded, location, config))
         if opened is not None:
             model, unread = opened
             return _adapted(model, config), unread
     return load_model(location, config), NOTHING
-
-
-def _shards(config: RunConfig) -> bool:
-    """Whether the run's engine shards weights, in a way that is known here."""
-    if config.engine != "deepspeed":
-        return config.engine == "fsdp"
-    zero = read_ds_config(config).get("zero_optimization", {})
-    odd = any(key.startswith("zero_quantized") for key in zero) or "nvme" in str(zero.get("offload_param"))
-    return zero.get("stage") == 3 and not odd
-
-
-def _reads_backbone(config: RunConfig) -> bool:
-    """Whether the run's adapters look at weights: prefixes begin as its keys and values, others know its digest."""
-    return isinstance(config.adapter, PrefixConfig) or config.adapter_weights is not None
 
 
 def _loaded(location: str, config: RunConfig, **options: Any) -> Any:

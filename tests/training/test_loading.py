@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from addax_ds.core.shard import Shard
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
 from addax_ds.training.loading import by_name, fill
-from addax_ds.training.memory import read_peak, reset_peak, resident
 from addax_ds.training.models import build_optimizer, load_model, open_model
 from addax_ds.training.world import World as Ranks
 from tests.training.test_export import write_zero3
@@ -117,60 +115,6 @@ def test_adapters_beside_weights_in_files_are_drawn_as_beside_whole_ones(
     together = world.run(weights_and_buffers, config=config, whole=True)
     assert [digest for digest, _, _ in apart] == [digest for digest, _, _ in together]
     assert not any(whole for _, _, whole in apart)
-
-
-BIG = LlamaConfig(
-    vocab_size=2000,
-    hidden_size=512,
-    intermediate_size=2048,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-)
-KEPT = 16 * 2**20
-"""Bytes that allocators and collectives keep of what is freed."""
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory) -> tuple[Path, int, int]:
-    """A model of 104 MiB in float32, its bytes, and those of its largest parameter."""
-    folder = tmp_path_factory.mktemp("big")
-    model = LlamaForCausalLM(BIG)
-    model.save_pretrained(folder)
-    sizes = [p.nbytes for p in model.parameters()]
-    return folder, sum(sizes), max(sizes)
-
-
-@pytest.fixture
-def fresh() -> Iterator[World]:
-    """Two ranks that have held nothing before."""
-    world = World(2)
-    yield world
-    world.close()
-
-
-def growth_in_loading(config: RunConfig, first: RunConfig, whole: bool) -> int:
-    """Bytes that this rank took at most while it loaded a model; `first` is loaded before, for what is imported."""
-    weights_and_buffers(first, whole)
-    reset_peak()
-    before = resident()
-    model, unread = (load_model(config.model, config), {}) if whole else open_model(config.model, config)
-    engine = build_optimizer(model, config, ranks(), unread).engine
-    assert sum(shard.local.numel() for shard in engine.shards())
-    return read_peak() - before
-
-
-@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="resident peaks are Linux's")
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_rank_holds_its_shard_and_a_parameter_while_it_loads(fresh: World, big, folders, tmp_path, engine, dtype):
-    folder, size, largest = big
-    config, first = (config_for(engine, model, tmp_path, dtype=dtype) for model in (folder, folders["untied"]))
-    shard = size // 2 if dtype == "float32" else size // 4
-    apart = fresh.run(growth_in_loading, config=config, first=first, whole=False)
-    assert shard < min(apart) and max(apart) < shard + largest + KEPT
-    assert min(fresh.run(growth_in_loading, config=config, first=first, whole=True)) > shard + largest + KEPT
 
 
 def with_pickle(folder: Path) -> None:
