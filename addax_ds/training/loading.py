@@ -81,7 +81,7 @@ def open_weights(location: str, make: Callable[..., Any]) -> tuple[Any, Unread] 
     with init_empty_weights(include_buffers=False):
         computed = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     link_buffers(model, computed)
-    fill((Shard(name, b.numel(), 0, b.view(-1)) for name, b in model.named_buffers()), saved)
+    fill((Shard(name, b.numel(), 0, b.view(-1)) for name, b in model.named_buffers() if name in saved), saved)
     return model, _hollowed(model, places)
 
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import addax_ds
 from addax_ds.config import LoraConfig, PrefixConfig, RunConfig, TensorTrainConfig
 from addax_ds.core.shard import Shard
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
+from addax_ds.training import export, models
 from addax_ds.training.loading import by_name, fill
-from addax_ds.training.models import build_optimizer, load_model, open_model
+from addax_ds.training.models import build_optimizer, load_model, load_tokenizer, open_model
 from addax_ds.training.world import World as Ranks
+from tests.cli.commands import run
 from tests.training.test_export import write_zero3
 from tests.world import World
 
@@ -178,3 +180,64 @@ def test_a_file_that_goes_bad_before_it_is_read_is_one_line(folders, tmp_path):
     places = by_name(model, unread)
     with pytest.raises(UserError, match=r"model.safetensors cannot be read .*: restore it"):
         fill([Shard("lm_head.weight", 67 * 24, 0, torch.empty(67 * 24))], places)
+
+
+class BufferedConfig(LlamaConfig):
+    model_type = "buffered"
+
+
+class Buffered(LlamaForCausalLM):
+    """A model with a buffer that is saved."""
+
+    config_class = BufferedConfig
+
+    def __init__(self, config: BufferedConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("offset", torch.zeros(3, 2))
+
+
+def test_saved_buffers_are_read_and_exported(tiny, tmp_path, monkeypatch):
+    AutoConfig.register("buffered", BufferedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(BufferedConfig, Buffered, exist_ok=True)
+    made = Buffered(BufferedConfig(**SIZES, intermediate_size=40))
+    made.offset.copy_(torch.arange(6.0).view(3, 2))
+    made.save_pretrained(tmp_path / "model")
+    config = config_for("fsdp", tmp_path / "model", tmp_path)
+    model, unread = open_model(config.model, config)
+    assert unread and torch.equal(model.get_buffer("offset"), made.offset)
+    monkeypatch.setattr(export, "FILE_BYTES", 4096)
+    export.export(addax_ds.Addax(made).engine, load_tokenizer(str(tiny.model)), tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert torch.equal(exported.offset, made.offset)
+    assert weights_digest(addax_ds.Addax(exported).engine) == weights_digest(addax_ds.Addax(made).engine)
+
+
+@pytest.mark.parametrize("world", [4], indirect=True)
+@pytest.mark.parametrize("engine", ["hsdp", "hpz"])
+def test_replicas_and_secondary_copies_hold_the_same(world: World, folders, tmp_path, engine):
+    config = config_for("fsdp", folders["untied"], tmp_path, replicas=2)
+    if engine == "hpz":
+        config = config_for("zero3", folders["untied"], tmp_path)
+        ds_config = json.loads((tmp_path / "zero3.json").read_text())
+        ds_config["zero_optimization"]["zero_hpz_partition_size"] = 2
+        (tmp_path / "zero3.json").write_text(json.dumps(ds_config))
+    digest = weights_digest(addax_ds.Addax(AutoModelForCausalLM.from_pretrained(folders["untied"])).engine)
+    found = world.run(weights_and_buffers, config=config, whole=False)
+    assert [(there, whole) for there, _, whole in found] == [(digest, False)] * 4
+
+
+def whole_on_every_rank() -> None:
+    models.may_stay_in_files = lambda *_: False
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", ["addax", "adamw"])
+def test_a_run_ends_with_the_weights_of_one_that_loaded_its_model_whole(tiny, tmp_path, engine, method):
+    settings = write_zero3(tmp_path) if engine == "zero3" else ["engine=fsdp"]
+    if method == "adamw":
+        settings += ["method=adamw", "lr=0.01"]
+    digests = []
+    for output, before in (("apart", None), ("whole", whole_on_every_rank)):
+        run("train", tiny.run_file, f"output={output}", *settings, cwd=tmp_path, ranks=2, before=before).check()
+        digests.append(json.loads((tmp_path / output / "summary.json").read_text())["final_digest"])
+    assert digests[0] == digests[1]
