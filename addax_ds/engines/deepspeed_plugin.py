@@ -13,13 +13,13 @@ from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, ZERO_STAGE
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.utils import groups
 
 from addax_ds.core.skeleton import strip
 from addax_ds.engines.base import Engine
 from addax_ds.engines.deepspeed_state import flat_groups, load_flat_groups
 from addax_ds.engines.replicated import Replicated
 from addax_ds.engines.zero3 import Zero3
+from addax_ds.engines.zero_init import hpz_group
 from addax_ds.errors import UserError
 
 
@@ -75,10 +75,6 @@ def refuse(engine: DeepSpeedEngine) -> None:
             zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights or zero.zero_quantized_gradients,
             "perturbations would be rounded away: remove the quantized settings",
         ),
-        "zero_optimization.zero_hpz_partition_size": (
-            engine.world_size % min(max(zero.zero_hpz_partition_size, 1), engine.world_size) > 0,
-            f"give a divisor of the {engine.world_size} ranks",
-        ),
         "zero_optimization.zenflow": (bool(engine.zenflow), "it defers updates: remove it"),
         "compile.deepcompile": (config.compile_config.deepcompile, "it bypasses module hooks: remove it"),
         "tensor_parallel": (engine.autotp_size() > 1, "tensor parallelism is not supported: remove it"),
@@ -88,25 +84,6 @@ def refuse(engine: DeepSpeedEngine) -> None:
     for setting, (present, remedy) in refusals.items():
         if present:
             raise UserError(f"DeepSpeed setting {setting} cannot be used with Addax: {remedy}")
-
-
-def _hpz_group(engine: DeepSpeedEngine) -> Any:
-    """The ranks that hold a secondary copy together, with `zero_hpz_partition_size`; else None.
-
-    DeepSpeed keeps one such group a process, for good.
-    """
-    if engine.zero_hpz_partition_size() <= 1:
-        return None
-    size = min(engine.zero_hpz_partition_size(), engine.world_size)
-    if groups._get_zero_param_intra_parallel_group() is None:
-        groups._create_zero_param_parallel_group(size)
-    group = groups._get_zero_param_intra_parallel_group()
-    if dist.get_world_size(group) != size:
-        raise UserError(
-            f"zero_hpz_partition_size {size}: this process has partitions of {dist.get_world_size(group)} ranks "
-            "already: keep one size a process"
-        )
-    return group
 
 
 def attach(engine: DeepSpeedEngine) -> Engine:
@@ -130,7 +107,7 @@ def attach(engine: DeepSpeedEngine) -> Engine:
         model_persistence_threshold=engine.zero_model_persistence_threshold(),
         offload_param_config=engine.zero_offload_param(),
         mpu=engine.mpu,
-        zero_param_parallel_group=_hpz_group(engine),
+        zero_param_parallel_group=hpz_group(engine.zero_hpz_partition_size(), engine.world_size),
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
     )

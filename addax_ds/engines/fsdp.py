@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from addax_ds.core.hollow import give_memory
 from addax_ds.core.shard import Shard
 from addax_ds.core.skeleton import strip
 from addax_ds.engines.base import OnGradient, ShardedEngine
@@ -38,7 +39,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Modul
 
 
 def wrap(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Module:
-    """See `shard`; with an `mp_policy` for first-order training alone."""
+    """See `shard`; with an `mp_policy` for first-order training alone, and hollow parameters, whose shards follow."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise UserError("the model is already wrapped by fully_shard: give addax_ds.shard the plain model")
     if mesh.size() != dist.get_world_size() or mesh.ndim > 2:
@@ -50,7 +51,9 @@ def wrap(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Module
     _refuse_mixed_dtypes(model)
     for paths in units_of(model):
         modules = [model.get_submodule(path) for path in paths]
+        give_memory(parameter for module in modules for parameter in module.parameters())
         fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, **fully_shard_options)
+    give_memory(model.parameters())
     fully_shard(model, mesh=mesh, **fully_shard_options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -262,6 +265,13 @@ class FSDP(ShardedEngine):
             for group in parameter_groups_of(unit):
                 for parameter in group.fsdp_params:
                     _forget_gradients(parameter)
+
+
+def shards_of(model: nn.Module) -> Iterator[Shard]:
+    """This rank's range of every parameter of a model that `wrap` has sharded, before an engine holds it."""
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        yield Shard(name, parameter.numel(), _start(parameter), parameter._local_tensor.detach().view(-1))
 
 
 def _start(parameter: DTensor) -> int:

@@ -5,7 +5,7 @@ gradient buffer). Names of DeepSpeed's internals in this file were checked again
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -99,12 +99,7 @@ class Zero3(ShardedEngine):
         _forget_secondary(unit)  # no backward follows that would read it
 
     def shard(self, name: str) -> Shard:
-        parameter = self._parameters[name]
-        size = parameter.ds_tensor.ds_numel
-        start = min(size * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
-        # The last ranks' parts end in padding, which is nobody's weight.
-        length = min(size, parameter.ds_numel - start)
-        return Shard(name, parameter.ds_numel, start, parameter.ds_tensor.data.narrow(0, 0, length))
+        return _shard_of(name, self._parameters[name])
 
     def share(self, name: str) -> tuple[int, dist.ProcessGroup | None]:
         parameter = self._parameters[name]
@@ -181,6 +176,19 @@ class Zero3(ShardedEngine):
         # the reuse distance would go on with the weights of before the update.
         self._offload.partition_all_parameters()
         _forget_secondary(self._parameters.values())  # they hold the same old weights
+
+
+def shards_of(model: nn.Module) -> Iterator[Shard]:
+    """This rank's range of every parameter of a model that DeepSpeed has partitioned, before an engine holds it."""
+    return (_shard_of(name, parameter) for name, parameter in model.named_parameters())
+
+
+def _shard_of(name: str, parameter: Any) -> Shard:
+    size = parameter.ds_tensor.ds_numel
+    start = min(size * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
+    # The last ranks' parts end in padding, which is nobody's weight.
+    length = min(size, parameter.ds_numel - start)
+    return Shard(name, parameter.ds_numel, start, parameter.ds_tensor.data.narrow(0, 0, length))
 
 
 def _forget_secondary(parameters: Iterable) -> None:

@@ -9,6 +9,7 @@ import os.path
 import pickle
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,11 +30,12 @@ from addax_ds.core.skeleton import strip
 from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
 from addax_ds.engines.base import Engine
 from addax_ds.engines.choose import choose_engine
-from addax_ds.engines.fsdp import wrap
+from addax_ds.engines.fsdp import shards_of, wrap
 from addax_ds.engines.ops import ADAM, COLLECTIVES, build_op
 from addax_ds.engines.replicated import Replicated
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
+from addax_ds.training.loading import NOTHING, Unread, by_name, fill, may_stay_in_files, open_weights
 from addax_ds.training.world import World
 
 if TYPE_CHECKING:
@@ -82,13 +84,30 @@ def context_length(location: str) -> int:
 
 def load_model(location: str, config: RunConfig) -> nn.Module:
     """The model in the run's dtype, on the CPU, with the run's adapters."""
+    return _adapted(_loaded(location, config), config)
+
+
+def open_model(location: str, config: RunConfig) -> tuple[nn.Module, Unread]:
+    """The same for `build_optimizer`, its weights left in their files where the run allows it."""
+    quantized = hasattr(_from_pretrained(AutoConfig, location), "quantization_config")
+    ds_config = read_ds_config(config) if config.engine == "deepspeed" else {}
+    if not quantized and may_stay_in_files(config, ds_config):
+        opened = open_weights(location, partial(_loaded, location, config))
+        if opened is not None:
+            model, unread = opened
+            return _adapted(model, config), unread
+    return load_model(location, config), NOTHING
+
+
+def _loaded(location: str, config: RunConfig, **options: Any) -> Any:
+    """The model without adapters, checked."""
     transformers_logging.disable_progress_bar()  # one bar a rank would garble the terminal
     dtype = getattr(torch, config.weights_dtype)
     _check_stays_inside(location)
     for attention in _attentions(_from_pretrained(AutoConfig, location)):
         if "/" in attention:  # a kernel of the hub: code that is downloaded and run
             raise UserError(f"model {location}: its config.json has attention from {attention}: remove that setting")
-    model, loaded = _from_pretrained(AutoModelForCausalLM, location, dtype=dtype, output_loading_info=True)
+    model, loaded = _from_pretrained(AutoModelForCausalLM, location, dtype=dtype, output_loading_info=True, **options)
     if loaded["missing_keys"]:
         # They would be random numbers, with a warning that scrolls by.
         raise UserError(f"model {location} lacks weights ({min(loaded['missing_keys'])}): give a complete causal model")
@@ -98,9 +117,13 @@ def load_model(location: str, config: RunConfig) -> nn.Module:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} cannot checkpoint activations: set activation_checkpointing=false")
         checkpoint_activations(model)
-    if config.adapter is not None:
-        return adapt(model, config.adapter, config.adapter_weights, config.seed)
     return model
+
+
+def _adapted(model: nn.Module, config: RunConfig) -> nn.Module:
+    if config.adapter is None:
+        return model
+    return adapt(model, config.adapter, config.adapter_weights, config.seed)
 
 
 def _check_stays_inside(location: str) -> None:
@@ -215,20 +238,20 @@ def hyperparameters(config: RunConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(AddaxConfig)}
 
 
-def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimizer:
-    """Put the model on the run's engine and return the optimizer of its method."""
+def build_optimizer(model: nn.Module, config: RunConfig, world: World, unread: Unread = NOTHING) -> Optimizer:
+    """Put the model on the run's engine, read what is `unread`, and return the optimizer of its method."""
     if config.method is None or config.method not in BASELINES:
-        return build_addax(model, config, world)
+        return build_addax(model, config, world, unread)
     common = {"fo_micro_batch": config.fo_micro_batch, "seed": config.seed, "with_dropout": config.dropout}
     if config.engine == "deepspeed":
         skeleton = strip(model)
         rounds = math.ceil(math.ceil(config.k1 / config.fo_micro_batch) / world.size)
         ds_config = {**read_ds_config(config, _OPTIMIZERS[config.method]), "gradient_accumulation_steps": rounds}
-        made = _initialize_deepspeed(model, ds_config, config, world)
+        made = _initialize_deepspeed(model, ds_config, config, world, unread)
         return DeepSpeedBaseline(_held_by_deepspeed(made, skeleton), made, rounds, **common)
     computes_in_bfloat16 = config.dtype != config.weights_dtype
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    _place(model, config, world, **({"mp_policy": policy} if computes_in_bfloat16 else {}))
+    _place(model, config, world, unread, **({"mp_policy": policy} if computes_in_bfloat16 else {}))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
     if config.method == "sgd":
@@ -239,16 +262,18 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World) -> Optimi
     return TorchBaseline(choose_engine(model), optimizer, config.max_grad_norm, autocast, **common)
 
 
-def build_addax(model: nn.Module, config: RunConfig, world: World) -> "Addax | DeepSpeedAddax":
+def build_addax(
+    model: nn.Module, config: RunConfig, world: World, unread: Unread = NOTHING
+) -> "Addax | DeepSpeedAddax":
     """Put the model on the run's engine and return Addax, which also scores what others have trained."""
     if config.engine == "deepspeed":
-        return _initialize_deepspeed(model, read_ds_config(config), config, world).optimizer
-    _place(model, config, world)
+        return _initialize_deepspeed(model, read_ds_config(config), config, world, unread).optimizer
+    _place(model, config, world, unread)
     return Addax(model, **hyperparameters(config))
 
 
-def _place(model: nn.Module, config: RunConfig, world: World, **options: Any) -> None:
-    """Shard the model, or move it to the device."""
+def _place(model: nn.Module, config: RunConfig, world: World, unread: Unread, **options: Any) -> None:
+    """Shard the model and read what is unread, or move it to the device."""
     if config.engine == "fsdp":
         if world.size % config.replicas:
             raise UserError(f"replicas={config.replicas} does not divide the {world.size} ranks: choose a divisor")
@@ -256,14 +281,18 @@ def _place(model: nn.Module, config: RunConfig, world: World, **options: Any) ->
         names: tuple[str, ...] = ("shard",)
         if config.replicas > 1:
             shape, names = (config.replicas, world.size // config.replicas), ("replicate", "shard")
+        places = by_name(model, unread)
         wrap(model, init_device_mesh(world.device.type, shape, mesh_dim_names=names), **options)
+        fill(shards_of(model), places)
         return
     model.to(world.device)
     for parameter in model.parameters():  # out of the file that is mapped, at which each guest would copy them
         parameter.data = aligned(parameter.data)
 
 
-def _initialize_deepspeed(model: nn.Module, ds_config: dict[str, Any], config: RunConfig, world: World) -> Any:
+def _initialize_deepspeed(
+    model: nn.Module, ds_config: dict[str, Any], config: RunConfig, world: World, unread: Unread
+) -> Any:
     """The DeepSpeed engine around the model."""
     # Imported here: DeepSpeed is an extra, and its import takes seconds.
     try:
@@ -286,6 +315,11 @@ def _initialize_deepspeed(model: nn.Module, ds_config: dict[str, Any], config: R
         deepspeed.DeepSpeedConfig(ds_config)
     except Exception as error:
         raise UserError(f"ds_config {config.ds_config}: DeepSpeed does not take it: {error}") from None
+    if unread:
+        from addax_ds.engines import zero3, zero_init
+
+        zero_init.partition(model, ds_config)
+        fill(zero3.shards_of(model), by_name(model, unread))
     engine, _, _, _ = deepspeed.initialize(model=model, config=ds_config)
     return engine
 

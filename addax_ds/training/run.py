@@ -36,9 +36,9 @@ from addax_ds.training.models import (
     build_addax,
     build_optimizer,
     context_length,
-    load_model,
     load_tokenizer,
     locate_model,
+    open_model,
     read_ds_config,
 )
 from addax_ds.training.preemption import Request, requests
@@ -135,9 +135,9 @@ def _train(
     started: float,
 ) -> dict | None:
     _check_folder_is_shared(resuming)
-    model = load_model(prepared.location, config)
+    model, unread = open_model(prepared.location, config)
     inputs = accepted(model)
-    optimizer = build_optimizer(model, config, world)
+    optimizer = build_optimizer(model, config, world, unread)
     engine = optimizer.engine
     folder = open_folder(config, pools, world)
     say = print if world.is_main else lambda *_: None
@@ -330,9 +330,9 @@ def score_only(config: RunConfig) -> dict[str, Any] | None:
     """Scores of `config.model` on the run's held-out samples, on rank 0 (None elsewhere)."""
     prepared = prepare_inputs(config)
     with joined() as world:
-        model = load_model(prepared.location, config)
+        model, unread = open_model(prepared.location, config)
         inputs = accepted(model)
-        optimizer = build_addax(model, config, world)
+        optimizer = build_addax(model, config, world, unread)
         check_model(optimizer.engine, config)
         scores = evaluate(
             optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens

@@ -5,10 +5,12 @@ import resource
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import addax_ds
 from addax_ds.digest import weights_digest
+from addax_ds.training import export
 from tests.cli.commands import run
 
 
@@ -39,6 +41,31 @@ def test_weights_gathered_from_two_ranks_are_the_ones_of_the_digest(tiny, tmp_pa
     assert not any(info.values()), info
     assert weights_digest(addax_ds.Addax(model).engine) == summary["final_digest"]
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def in_small_files() -> None:
+    """Files of about a layer."""
+    export.FILE_BYTES = 30_000
+
+
+@pytest.mark.parametrize("engine", ["replicated", "fsdp", "zero3"])
+def test_a_model_larger_than_a_file_is_exported_in_several_with_an_index(tiny, tmp_path, engine):
+    settings = write_zero3(tmp_path) if engine == "zero3" else [f"engine={engine}"]
+    run("train", tiny.run_file, "output=out", *settings, cwd=tmp_path, ranks=2, before=in_small_files).check()
+    folder = tmp_path / "out" / "model"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 1 and files == sorted(set(index["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    held = [key for file in files for key in load_file(folder / file)]
+    assert sorted(held) == sorted(index["weight_map"]) and "lm_head.weight" not in held  # tied: once
+    assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(folder / file).values())
+    assert not list(folder.glob(".*"))
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert weights_digest(addax_ds.Addax(model).engine) == summary["final_digest"]
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(tiny.model).get_vocab()
 
 
 def no_large_files() -> None:
