@@ -204,15 +204,17 @@ def running_below(folder):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked for where Linux lists them")
 @pytest.mark.timeout(600)  # five runs of a few steps, each in a process of its own
-def test_a_comparison_that_is_ended_takes_its_run_along_and_goes_on(tiny, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_comparison_that_is_ended_takes_its_runs_along_and_goes_on(tiny, tmp_path, at_once):
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump({"run": shared(tiny), "methods": {"addax": {"alpha": 0.01}}}))
     out = tmp_path / "out"
-    ended = run("compare", file, "--output", out, cwd=tmp_path, seconds=300, before=asked_to_end_in_the_second_run)
+    words = ["compare", file, "--output", out, "--at-once", at_once]
+    ended = run(*words, cwd=tmp_path, seconds=300, before=asked_to_end_in_the_second_run)
     assert ended.status == 143 and not running_below(out / "addax")
     made = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
     assert len(made) == 1 and not (out / "comparison.json").exists()
-    run("compare", file, "--output", out, cwd=tmp_path, seconds=300, plots=True).check()
+    run(*words, cwd=tmp_path, seconds=300, plots=True).check()
     summaries = [*out.rglob("summary.json")]
     assert len(summaries) == 3 and all(path.stat().st_mtime_ns == when for path, when in made.items())
     assert json.loads((out / "comparison.json").read_text())["rows"][0]["runs"] == 3
