@@ -22,7 +22,7 @@ class RankLostError(Exception):
 def of_another_rank(error: BaseException | None) -> BaseException | None:
     """That error, or one that it followed upon, which is of a collective that another rank has left; else None."""
     closed = ("closed by peer", "reset by peer", "broken pipe", "connection refused")
-    words = (*closed, "timed out", "timeout", "no route to host", "unreachable")
+    words = (*closed, "timed out", "timeout", "no route to host", "network is unreachable")
     while error is not None:
         told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
         if told or isinstance(error, dist.DistError):

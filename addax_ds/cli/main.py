@@ -153,7 +153,7 @@ def replay(
 def compare(
     file: Annotated[Path, typer.Argument(help="Methods, their grids and seeds (YAML).")],
     output: Annotated[Path, typer.Option(help="Where runs, table and plot are written.")] = Path("runs/compare"),
-    at_once: Annotated[int, typer.Option(help="Runs beside each other; with GPUs for all, each has its own.")] = 1,
+    at_once: Annotated[int, typer.Option(help="Runs beside each other, which share GPUs and threads out.")] = 1,
 ) -> None:
     """Run methods side by side, each with its grid and seeds, and write one table; the same command goes on."""
     from addax_ds.cli.compare import compare as run

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import IO
 
@@ -29,8 +29,8 @@ def execute(comparison: Comparison, output: Path, at_once: int = 1) -> list[Resu
     """The results of each method's best point, seed by seed, in the order of methods.
 
     The grid is run with the first seed, and the point with the highest score on the dev samples with
-    the others. at_once: runs beside each other; where there are GPUs for all of them each has its own.
-    A run that diverges is a result; raises `UserError` where one cannot run at all.
+    the others. at_once: runs beside each other, which share GPUs and CPU threads out. A run that
+    diverges is a result; raises `UserError` where one cannot run at all, once those beside it are over.
     """
     first, *others = comparison.seeds
     with _Runs(output, at_once, comparison.ranks) as runs:
@@ -68,12 +68,13 @@ class _Runs:
         self._pool = ThreadPoolExecutor(at_once)
         self._processes: set[subprocess.Popen] = set()
         self._ending = threading.Event()
-        gpus = torch.cuda.device_count()
+        self._threads = max(len(os.sched_getaffinity(0)) // (ranks * at_once), 1)
         self._gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
         """The GPUs of each run that is free to begin; an empty string leaves the choice to it."""
+        gpus = _visible_gpus()
         for first in range(0, at_once * ranks, ranks):
-            own = ",".join(map(str, range(first, first + ranks)))
-            self._gpus.put(own if at_once > 1 and at_once * ranks <= gpus else "")
+            own = [gpus[(first + rank) % len(gpus)] for rank in range(ranks) if len(gpus) >= ranks]
+            self._gpus.put(",".join(own))
 
     def __enter__(self) -> "_Runs":
         self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -89,11 +90,16 @@ class _Runs:
     def take(self, trials: list[Trial]) -> list[Result]:
         """Their results, in their order."""
         say = Console().print
-        results = []
-        for future in [self._pool.submit(self._run, one) for one in trials]:
-            results.append(future.result())
-            say(escape(f"{results[-1].trial.method}: {results[-1].describe()}"))
-        return results
+        futures = [self._pool.submit(self._run, one) for one in trials]
+        try:
+            for future in as_completed(futures):
+                result = future.result()
+                say(escape(f"{result.trial.method}: {result.describe()}"))
+        except UserError:
+            # Those under way go to their end: of some, what is ended early is lost.
+            wait([future for future in futures if not future.cancel()])
+            raise
+        return [future.result() for future in futures]
 
     def _run(self, trial: Trial) -> Result:
         folder = self._output / trial.method / trial.name
@@ -105,7 +111,7 @@ class _Runs:
             run_file = folder.with_name(f"{folder.name}.yaml")
             run_file.write_text(yaml.safe_dump({**trial.values, "output": str(folder)}, sort_keys=False))
             with log.open("wb") as file, self._own_gpus() as environment:
-                status = self._to_its_end(_command(trial, run_file), file, {**_environment(trial), **environment})
+                status = self._to_its_end(_command(trial, run_file), file, {**self._environment(), **environment})
             if status:
                 complaint = _complaint(log)
                 if "lower lr" not in complaint:
@@ -121,6 +127,12 @@ class _Runs:
             yield {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         finally:
             self._gpus.put(gpus)
+
+    def _environment(self) -> dict[str, str]:
+        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
+        if not torch.cuda.is_available():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        return environment
 
     def _to_its_end(self, command: list[str], log: IO[bytes], environment: dict[str, str]) -> int:
         """The status of a command, which ends with this process where that is asked to end."""
@@ -141,12 +153,10 @@ def _command(trial: Trial, run_file: Path) -> list[str]:
     return [sys.executable, *train]
 
 
-def _environment(trial: Trial) -> dict[str, str]:
-    threads = max(len(os.sched_getaffinity(0)) // trial.ranks, 1)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    return environment
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as its environment names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _complaint(log: Path) -> str:

@@ -312,7 +312,7 @@ def _stream(name: str, point: Perturbation) -> tuple:
     return (point.query, *_key(point.seed, name), PURPOSE[point.distribution])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=1 << 14)  # replays take many steps in turn, parameter by parameter
 def _in_memory(coefficients: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """A step's coefficients, for all of its updates; nothing waits for their copy but what reads them."""
     made = torch.tensor(coefficients, dtype=torch.float32)

@@ -1,8 +1,9 @@
 """Lanes: several forwards that share one gather of every weight.
 
 A **guest** is a no-grad forward of a skeleton on a thread of its own, with strict hand-over: one
-thread runs at a time. Before a module that owns weights a guest parks until the weights are
-gathered, then builds its own copy W + c z for that module's forward and drops it afterwards.
+thread runs at a time. Before a module whose weights are not gathered a guest parks. Where they are,
+the first guest of a direction builds W + c z and W - c z, which the others find; it goes on for a
+**stretch** of modules, as many as there is memory for such copies, and then the others follow.
 Gathered weights and shards are only read, so there is nothing to restore.
 
 The **host** is the user's model itself and knows nothing of all this: `Lanes.advance`, called
@@ -483,7 +484,7 @@ class Lanes:
                     continue
                 weight = self._weights.weight(owner.path, local).detach()
                 if self._is_made_where_read(owner, local, weight):
-                    looked_up = rows.setdefault(name, Rows(weight, name, point))
+                    looked_up = rows[name] = rows.get(name) or Rows(weight, name, point)
                     plus[local] = Moved(weight, name, above, looked_up)
                     minus[local] = Moved(weight, name, below, looked_up)
                 else:

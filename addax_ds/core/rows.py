@@ -16,7 +16,7 @@ class Rows:
 
     def __init__(self, weight: torch.Tensor, name: str, point: Perturbation) -> None:
         self._of = weight, name, point
-        self._places = torch.full(weight.shape[:1], -1, device=weight.device)  # of each row among those drawn
+        self._places = weight.new_empty(0, dtype=torch.int64)  # of each row among those drawn, once rows are looked up
         self._plus = self._minus = weight[:0]
 
     def look_up(self, ids: torch.Tensor, sign: int) -> torch.Tensor:
@@ -26,6 +26,8 @@ class Rows:
         if len(rows) and (rows[0] < 0 or rows[-1] >= weight.shape[0]):
             unknown = int(rows[0] if rows[0] < 0 else rows[-1])
             raise IndexError(f"token id {unknown} of a batch is not among the {weight.shape[0]} rows of {name}")
+        if not len(self._places):
+            self._places = torch.full(weight.shape[:1], -1, device=weight.device)
         missing = rows[self._places[rows] < 0]
         if len(missing):
             plus, minus = perturb_rows(weight, missing, name, point)

@@ -41,19 +41,24 @@ PARTS = ("weights", "gathered", "perturbed copies", "zeroth-order forwards", "fi
 """What bytes are for. "weights" are the shards, with an optimizer's states."""
 
 _FEW_LAYERS = 4, 8
-"""Memory and traffic are affine in the number of layers from the first of these on."""
+"""Traffic, and memory at one kind of moment, are affine in the number of layers from the first of these on."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """A step as it is for one rank."""
 
-    parts: dict[str, float]
-    """Bytes by part when they were most in all."""
+    moments: dict[str, dict[str, float]]
+    """By the part that something was allocated for, bytes of all parts when they were most in all then."""
     collectives: dict[str, float]
     """How many of each kind."""
     received: dict[str, float]
     """Bytes that the rank receives, by kind."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by part when they were most in all."""
+        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def peak(self) -> float:
@@ -78,7 +83,8 @@ def rehearse(
         return {key: a.get(key, 0) + rise * (layers - _FEW_LAYERS[0]) for key, rise in slope.items()}
 
     return Rehearsal(
-        at_all(few.parts, more.parts),
+        # Which moment is the peak may be another one with more layers.
+        {moment: at_all(few.moments[moment], more.moments[moment]) for moment in few.moments.keys() & more.moments},
         at_all(few.collectives, more.collectives),
         at_all(few.received, more.received),
     )
@@ -112,8 +118,8 @@ def second_step(
             taking.train_step(zo, fo, last_token_loss)
     if isinstance(taking, optimizer.Addax):
         taking.detach()
-    parts = {part: float(tracker.peak[part]) for part in PARTS}
-    return Rehearsal(parts, {**tracker.collectives}, {**tracker.received})
+    moments = {moment: {part: float(held[part]) for part in PARTS} for moment, held in tracker.peaks.items()}
+    return Rehearsal(moments, {**tracker.collectives}, {**tracker.received})
 
 
 def _model(shape: PretrainedConfig, config: RunConfig) -> nn.Module:

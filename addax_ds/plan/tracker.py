@@ -28,9 +28,10 @@ class Tracker(TorchDispatchMode):
         self._thread = threading.local()
         self._held: dict[int, tuple[str, int]] = {}  # by address of the storage, its part and bytes
         self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        """By part, when the sum was largest since `begin`."""
-        self._sum = self._most = 0
+        self.peaks: dict[str, Counter[str]] = {}
+        """By the part that something was allocated for, all parts when their sum was then largest since `begin`."""
+        self._sum = 0
+        self._most: Counter[str] = Counter()
         self.collectives: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         """By collective: how many since `begin`, and bytes that this rank receives."""
@@ -38,7 +39,7 @@ class Tracker(TorchDispatchMode):
 
     def begin(self) -> None:
         """Forget peak and collectives so far."""
-        self.peak, self._most = Counter(self.now), self._sum
+        self.peaks, self._most = {}, Counter()
         self.collectives.clear()
         self._wire.received.clear()
         self.received = self._wire.received
@@ -103,5 +104,5 @@ class Tracker(TorchDispatchMode):
     def _add(self, part: str, size: int) -> None:
         self.now[part] += size
         self._sum += size
-        if self._sum > self._most:
-            self._most, self.peak = self._sum, Counter(self.now)
+        if size > 0 and self._sum > self._most[part]:
+            self._most[part], self.peaks[part] = self._sum, Counter(self.now)

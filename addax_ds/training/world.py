@@ -115,6 +115,11 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout, device_id=own)
     except dist.DistError as error:
         told = " ".join(str(error).split())[:120]
+        if backend == "nccl" and isinstance(error, dist.DistBackendError) and "timed out" not in str(error).lower():
+            raise RankLostError(
+                f"rank {rank}: NCCL cannot start ({' '.join(str(error).split())[-160:]}): look at the ranks' GPUs, of "
+                "which each needs its own, and at their network"
+            ) from error
         if "timed out" not in str(error).lower():
             raise RankLostError(f"rank {rank} cannot join the others ({told}): look at its address and port") from error
         raise RankLostError(
