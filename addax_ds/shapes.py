@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from addax_ds.config.checks import nearest
 from addax_ds.errors import UserError
@@ -79,3 +80,9 @@ def shape_of(model: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no model's config.json: {str(error).splitlines()[0]}") from None
+
+
+def count_of(shape: PretrainedConfig) -> int:
+    """Parameters of the causal language model, tied ones once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())

@@ -100,32 +100,44 @@ def bench(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="Shape by id, or a folder with config.json.")],
+    settings: Settings = None,
+    model: Annotated[str, typer.Option(help="Shape by hub id, or a folder with config.json.")] = "",
+    data: Annotated[str, typer.Option(help="Data as of a run, for which L_T and batches are chosen.")] = "",
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer to measure data by; the model's own.")] = None,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
-    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GiB",
-    long: Annotated[int, typer.Option(help="Tokens of the longest document.")] = 512,
-    lt: Annotated[int, typer.Option(help="L_T: tokens of the longest that Addax takes first-order.")] = 170,
-    zo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes zeroth-order at once.")] = 6,
-    fo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes first-order at once.")] = 4,
-    all_layers: Annotated[bool, typer.Option(help="Rehearse with all layers in place of a few.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200 or l40s.")] = "h100",
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU, such as 80GiB; else of its kind.")] = None,
+    gpu_link: Annotated[str | None, typer.Option(help="What joins GPUs of a node, such as 450GB/s.")] = None,
+    node_link: Annotated[str | None, typer.Option(help="What joins nodes, all cards, such as 3200Gbit/s.")] = None,
+    sharding: Annotated[str, typer.Option(help="fsdp, hsdp, zero3 or zero3-offload.")] = "fsdp",
+    long: Annotated[int, typer.Option(help="Tokens of the longest sample, without data.")] = 512,
+    lt: Annotated[int, typer.Option(help="L_T, without data.")] = 170,
+    zo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes zeroth-order at once, at most.")] = 6,
+    fo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes first-order at once, at most.")] = 4,
+    rehearse: Annotated[bool, typer.Option(help="Rehearse with all layers, and check the plan against it.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for figures, plot and, with data, the run.")] = None,
 ) -> None:
-    """Rehearse a step of every method on GPUs that are not there: memory by part, collectives, traffic."""
-    from addax_ds.cli.plan import bytes_of
+    """Rehearse a step of every method on GPUs that are not there; choose L_T for data, and write the run."""
+    from addax_ds.cli.plan import Asked
     from addax_ds.cli.plan import plan as run
-    from addax_ds.plan.compare import Layout
+    from addax_ds.plan.choose import Batch
+    from addax_ds.plan.cluster import Cluster, gpu_of
 
-    layout = Layout(
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        gpu_memory=bytes_of(gpu_memory),
+    asked = Asked(
+        cluster=Cluster(nodes, gpus_per_node, gpu_of(gpu, gpu_memory, gpu_link, node_link)),
+        sharding=sharding,
+        batch=Batch(zo_micro_batch, fo_micro_batch),
         long=long,
         lt=lt,
-        zo_micro_batch=zo_micro_batch,
-        fo_micro_batch=fo_micro_batch,
+        tokenizer=tokenizer,
+        rehearse=rehearse,
+        output=output,
     )
-    run(model, layout, all_layers, json)
+    given = [f"{name}={value}" for name, value in (("model", model), ("data", data)) if value]
+    usual = [] if any("=" not in setting for setting in settings or []) else ["dtype=bfloat16", "train_samples=null"]
+    config = _load([*usual, *(settings or []), *given])
+    run(asked, config, has_data=bool(data or any("=" not in setting for setting in settings or [])))
 
 
 @app.command()

@@ -54,6 +54,8 @@ class Rehearsal:
     """How many of each kind."""
     received: dict[str, float]
     """Bytes that the rank receives, by kind."""
+    flops: float
+    """Of products of matrices, an addition and a multiplication as two."""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -76,7 +78,7 @@ def rehearse(
     layers = shape.num_hidden_layers
     if all_layers or layers <= _FEW_LAYERS[1]:
         return _rehearse(shape, config, ranks, long, short)
-    few, more = (_rehearse(_with_layers(shape, n), config, ranks, long, short) for n in _FEW_LAYERS)
+    few, more = (_rehearse(with_layers(shape, n), config, ranks, long, short) for n in _FEW_LAYERS)
 
     def at_all(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
         slope = {key: (b.get(key, 0) - a.get(key, 0)) / (_FEW_LAYERS[1] - _FEW_LAYERS[0]) for key in {**a, **b}}
@@ -87,10 +89,12 @@ def rehearse(
         {moment: at_all(few.moments[moment], more.moments[moment]) for moment in few.moments.keys() & more.moments},
         at_all(few.collectives, more.collectives),
         at_all(few.received, more.received),
+        at_all({"": few.flops}, {"": more.flops})[""],
     )
 
 
-def _with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
+def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same model with another number of blocks."""
     settings = {**shape.to_dict(), "num_hidden_layers": layers}
     settings.pop("layer_types", None)  # one for each layer; made anew
     return type(shape)(**settings)
@@ -119,7 +123,7 @@ def second_step(
     if isinstance(taking, optimizer.Addax):
         taking.detach()
     moments = {moment: {part: float(held[part]) for part in PARTS} for moment, held in tracker.peaks.items()}
-    return Rehearsal(moments, {**tracker.collectives}, {**tracker.received})
+    return Rehearsal(moments, {**tracker.collectives}, {**tracker.received}, tracker.flops)
 
 
 def _model(shape: PretrainedConfig, config: RunConfig) -> nn.Module:

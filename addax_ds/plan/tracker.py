@@ -4,15 +4,35 @@ import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from addax_ds.core.moved import Moved
 from addax_ds.training.wire import WireCounter
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> float:
+    """Two products; a causal mask saves nothing, as torch counts."""
+    return 4.0 * query.numel() * key.shape[-2]
+
+
+def _attention_backward(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *__: Any, **___: Any) -> float:
+    """Five products."""
+    return 10.0 * query.numel() * key.shape[-2]
+
+
+_FLOPS: dict[Any, Callable[..., float]] = {
+    **flop_registry,
+    # What a CPU has in place of a GPU's kernels, of which the registry knows.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 class Tracker(TorchDispatchMode):
@@ -35,12 +55,15 @@ class Tracker(TorchDispatchMode):
         self.collectives: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         """By collective: how many since `begin`, and bytes that this rank receives."""
+        self.flops = 0.0
+        """Of products of matrices since `begin`, an addition and a multiplication as two."""
         self._wire = WireCounter()
 
     def begin(self) -> None:
         """Forget peak and collectives so far."""
         self.peaks, self._most = {}, Counter()
         self.collectives.clear()
+        self.flops = 0.0
         self._wire.received.clear()
         self.received = self._wire.received
 
@@ -79,6 +102,8 @@ class Tracker(TorchDispatchMode):
             name = function._schema.name.removeprefix("c10d::")
             self.collectives[name] += 1
             self._wire.count(name, args)
+        elif function.overloadpacket in _FLOPS:
+            self.flops += _FLOPS[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
     def _note(self, tensor: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """Comparisons: planned, run, gone on with, and told in one table."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -197,9 +199,23 @@ def asked_to_end_in_the_second_run() -> None:
 
 
 def running_below(folder):
-    """Command lines of processes that were told to write there."""
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
-    return [line for line in lines if os.fsencode(folder) in line]
+    """Processes that were told to write there, as Linux tells of them."""
+    told = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.fsencode(folder) in (path / "cmdline").read_bytes():
+                told[path.name] = (path / "status").read_text()
+    return told
+
+
+def left_running_below(folder):
+    """Those of them that go on: a run of these takes many times as long as is waited for here."""
+    deadline = time.monotonic() + 3
+    while running := running_below(folder):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return running
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked for where Linux lists them")
@@ -211,7 +227,7 @@ def test_a_comparison_that_is_ended_takes_its_runs_along_and_goes_on(tiny, tmp_p
     out = tmp_path / "out"
     words = ["compare", file, "--output", out, "--at-once", at_once]
     ended = run(*words, cwd=tmp_path, seconds=300, before=asked_to_end_in_the_second_run)
-    assert ended.status == 143 and not running_below(out / "addax")
+    assert ended.status == 143 and not left_running_below(out / "addax")
     made = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
     assert len(made) == 1 and not (out / "comparison.json").exists()
     run(*words, cwd=tmp_path, seconds=300, plots=True).check()

@@ -1,0 +1,101 @@
+"""GPUs that a run is planned for, and what joins them."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from addax_ds.config import nearest, require
+from addax_ds.errors import UserError
+
+RESERVED = 2 * 2**30
+"""Bytes of a GPU that torch does not count: the driver's, NCCL's, and gaps between tensors."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the datasheet says of a kind of GPU and of the usual node of 8; speeds are per second and one way."""
+
+    memory: float
+    """Bytes."""
+    flops: float
+    """In bfloat16 with float32 sums, without sparsity."""
+    bandwidth: float
+    """Bytes of its own memory."""
+    gpu_link: float
+    """Bytes that it receives from the GPUs of its node."""
+    node_link: float
+    """Bytes that its node receives from others."""
+
+
+GPUS = {
+    # NVIDIA A100 datasheet (SXM4), DGX A100 datasheet: 8 x 200 Gbit/s.
+    "a100": Gpu(80 * 2**30, 312e12, 2.039e12, 300e9, 200e9),
+    # NVIDIA H100 and H200 datasheets (SXM5), DGX H100/H200 datasheet: 8 x 400 Gbit/s.
+    "h100": Gpu(80 * 2**30, 989e12, 3.35e12, 450e9, 400e9),
+    "h200": Gpu(141e9, 989e12, 4.8e12, 450e9, 400e9),
+    # NVIDIA DGX B200 datasheet, an eighth of it.
+    "b200": Gpu(180e9, 2250e12, 8e12, 900e9, 400e9),
+    # NVIDIA L40S datasheet: no NVLink, PCIe 4.0 x16; a network card of 200 Gbit/s.
+    "l40s": Gpu(48e9, 362e12, 0.864e12, 32e9, 25e9),
+}
+
+
+def gpu_of(kind: str, memory: str | None, gpu_link: str | None, node_link: str | None) -> Gpu:
+    """A kind of GPU by its name, with what is given in place of its own; raises `UserError` for an unknown one."""
+    if kind.lower() not in GPUS:
+        raise UserError(f"gpu {kind}{nearest(kind.lower(), [*GPUS])}")
+    given = {} if memory is None else {"memory": bytes_of(memory)}
+    links = {"gpu_link": gpu_link, "node_link": node_link}
+    speeds = {name: speed_of(text) for name, text in links.items() if text is not None}
+    return dataclasses.replace(GPUS[kind.lower()], **given, **speeds)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal GPUs."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+        memory = self.gpu.memory
+        require(memory > RESERVED, f"gpu_memory is {memory / 2**30:g} GiB: it must be above 2 GiB")
+        for name in ("gpu_link", "node_link"):
+            require(getattr(self.gpu, name) > 0, f"{name} is {getattr(self.gpu, name):g}: it must be above 0")
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus_per_node
+
+    def fits(self, peak: float) -> bool:
+        """Whether so many bytes of torch's fit a GPU."""
+        return peak + RESERVED <= self.gpu.memory
+
+    def __str__(self) -> str:
+        each = f"{self.gpus_per_node} GPUs of {self.gpu.memory / 2**30:.3g} GiB"
+        return each if self.nodes == 1 else f"{self.nodes} nodes of {each}"
+
+
+_SIZES = {"": 1, "GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
+_SPEEDS = {"GB/s": 1e9, "GiB/s": 2**30, "MB/s": 1e6, "Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8}
+
+
+def bytes_of(text: str) -> float:
+    """ "80GiB" as a number; raises `UserError` for what is none."""
+    return _number(text, _SIZES, "a size such as 80GiB")
+
+
+def speed_of(text: str) -> float:
+    """ "400Gbit/s" in bytes per second; raises `UserError` for what is none."""
+    return _number(text, _SPEEDS, "a speed such as 400Gbit/s or 50GB/s")
+
+
+def _number(text: str, units: dict[str, float], wanted: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z/]*)", text)
+    if match is None or match[2] not in units:
+        raise UserError(f"{text}: give {wanted}")
+    return float(match[1]) * units[match[2]]

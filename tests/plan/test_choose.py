@@ -1,0 +1,140 @@
+"""L_T, batches, seconds and files of a plan, from memory and counts that are made up."""
+
+from concurrent.futures import Future
+
+import pytest
+
+from addax_ds.config import RunConfig, build, load_run
+from addax_ds.errors import UserError
+from addax_ds.plan import ready
+from addax_ds.plan.choose import Batch, choose
+from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, gpu_of, speed_of
+from addax_ds.plan.memory import Curve
+from addax_ds.plan.rehearse import Rehearsal
+from addax_ds.plan.seconds import CARRIED, COMPUTED, DRAWN, estimate
+
+GIB = 2**30
+LENGTHS = [*range(10, 1010, 10)]  # 100 samples
+
+
+def rehearsed(**moments):
+    """A step whose moments hold so many bytes."""
+    future = Future()
+    future.set_result(Rehearsal({name: {"weights": size} for name, size in moments.items()}, {}, {}, 0.0))
+    return future
+
+
+def growing(batch, between=3 * GIB):
+    """Memory in which every first-order token takes 1 MiB, and a mask grows with the square."""
+
+    def takes(length):
+        forward = batch.fo_micro_batch * (2**20 * length + 100 * length**2)
+        return rehearsed(forward=8 * GIB + forward, between=8 * GIB + between)
+
+    return Curve(takes, 10, 1000)
+
+
+def cluster(gib, nodes=2):
+    return Cluster(nodes, 2, gpu_of("h100", f"{gib}GiB", None, None))
+
+
+def test_memory_at_lengths_between_is_that_of_the_fullest_moment():
+    curve = growing(Batch(1, 4))
+    assert curve.at(100) == pytest.approx(11 * GIB)  # between forwards
+    assert curve.at(1000) == pytest.approx(8 * GIB + 4 * (1000 * 2**20 + 1e8))
+    assert curve.at(815) == pytest.approx(max(11 * GIB, 8 * GIB + 4 * (815 * 2**20 + 100 * 815**2)))
+
+
+def test_lt_is_the_longest_length_of_the_data_whose_batch_fits():
+    chosen = choose(LENGTHS, cluster(13), growing, Batch(1, 4))
+    assert chosen.batch == Batch(1, 4) and chosen.lt == chosen.fits
+    assert growing(chosen.batch).at(chosen.lt) <= 11 * GIB < growing(chosen.batch).at(chosen.lt + 10)
+    assert (chosen.k0, chosen.k1) == (4, 16)
+    assert f"L_T = {chosen.lt} tokens" in str(chosen) and "K^0 = 4, K^1 = 16" in str(chosen)
+
+
+def test_fewer_samples_at_once_leave_half_of_the_data_first_order():
+    room = (8 * GIB + 2 * 520 * 2**20 + 2 * 100 * 520**2 + RESERVED) / GIB
+    chosen = choose(LENGTHS, cluster(room), lambda batch: growing(batch, between=0), Batch(6, 4))
+    assert chosen.batch == Batch(6, 2) and chosen.lt == 520
+
+
+def test_lt_leaves_a_batch_of_longer_samples():
+    chosen = choose(LENGTHS, cluster(14), growing, Batch(6, 4))  # 24 samples a step
+    assert sum(length > chosen.lt for length in LENGTHS) == 24
+    assert chosen.fits > chosen.lt and f"would fit up to {chosen.fits}" in str(chosen)
+
+
+def test_where_all_fits_nothing_is_split():
+    chosen = choose(LENGTHS, cluster(80), growing, Batch(6, 4))
+    assert chosen.lt == "none" and chosen.longest_first_order == 1000 and "no L_T" in str(chosen)
+
+
+def test_where_nothing_fits_it_is_told():
+    with pytest.raises(UserError, match=r"one sample of 10 tokens .* takes 13 GiB of a GPU: plan more GPUs"):
+        choose(LENGTHS, cluster(12), growing, Batch(6, 4))
+
+
+def test_seconds_are_those_of_the_slower_of_computing_and_receiving():
+    two_nodes = Cluster(2, 8, GPUS["h100"])
+    config = build(RunConfig, {"method": "mezo", "engine": "fsdp", "dtype": "bfloat16"}, "test")
+    step = Rehearsal({}, {}, {"all_gather": 300e9}, 989e12)
+    seconds = estimate(step, config, two_nodes, weights=140e9)
+    assert seconds.computing == pytest.approx(1 / COMPUTED)
+    assert seconds.receiving == pytest.approx(300e9 / (400e9 * CARRIED))
+    # Both points of each weight, read once and written once at half the memory's speed each.
+    assert seconds.perturbing == pytest.approx(2 * 140e9 / (3.35e12 / 2 * DRAWN["normal"]))
+    assert seconds.step == seconds.computing + seconds.perturbing
+    slow = Cluster(2, 8, gpu_of("h100", None, None, "10Gbit/s"))
+    assert estimate(step, config, slow, weights=140e9).step == pytest.approx(300 / 1.25 / CARRIED)
+    one_node = Cluster(1, 8, gpu_of("h100", None, None, "10Gbit/s"))
+    assert estimate(step, config, one_node, weights=140e9).receiving == pytest.approx(300 / 450 / CARRIED)
+
+
+def test_hsdp_sends_sums_alone_between_nodes():
+    config = build(RunConfig, {"method": "ip-sgd", "engine": "fsdp", "replicas": 2}, "test")
+    step = Rehearsal({}, {}, {"all_gather": 450e9, "all_reduce": 50e9}, 0.0)
+    seconds = estimate(step, config, Cluster(2, 8, GPUS["h100"]), weights=140e9)
+    assert seconds.receiving == pytest.approx((1 + 1) / CARRIED)  # a node's link is shared by its 8 GPUs
+    assert seconds.perturbing == 0
+
+
+def test_a_shards_own_noise_is_drawn_once():
+    config = build(RunConfig, {"method": "mezo", "engine": "fsdp"}, "test")
+    own = build(RunConfig, {"method": "mezo", "engine": "fsdp", "perturb": "shard"}, "test")
+    step, on = Rehearsal({}, {}, {}, 0.0), Cluster(2, 8, GPUS["h100"])
+    gathered, shard = (estimate(step, each, on, weights=140e9).perturbing for each in (config, own))
+    assert gathered == pytest.approx(16 * shard)
+
+
+def test_the_run_that_is_written_is_the_run_that_was_planned(tmp_path):
+    settings = {"method": "addax", "lt": 120, "engine": "fsdp", "dtype": "bfloat16", "k0": 12, "zo_micro_batch": 6}
+    task = {"prompt": "{text} It's", "label": "label", "labels": {"0": " bad", "1": " good"}}
+    config = build(RunConfig, {**settings, "task": task, "atomic": ["*.attention"]}, "test")
+    commands = ready.write(config, "L_T = 120\nand more", Cluster(3, 4, GPUS["a100"]), tmp_path)
+    assert load_run(str(tmp_path / "run.yaml"), []) == config
+    assert (tmp_path / "hostfile").read_text() == "node-0 slots=4\nnode-1 slots=4\nnode-2 slots=4\n"
+    assert len(commands) == 3 and all(str(tmp_path / "run.yaml") in command for command in commands)
+    assert "NODES=3 GPUS_PER_NODE=4" in commands[0] and "--nodes 3 --gpus-per-node 4" in commands[2]
+
+
+@pytest.mark.parametrize(("text", "bytes"), [("80GiB", 80 * 2**30), ("1.5 GB", 1.5e9), ("12", 12), ("3MiB", 3 * 2**20)])
+def test_sizes_are_read(text, bytes):
+    assert bytes_of(text) == bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e3", "8 G", "8GB/s"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UserError, match="give a size such as 80GiB"):
+        bytes_of(text)
+
+
+@pytest.mark.parametrize(("text", "speed"), [("400Gbit/s", 50e9), ("25 GB/s", 25e9), ("100Mbit/s", 12.5e6)])
+def test_speeds_are_read(text, speed):
+    assert speed_of(text) == speed
+
+
+@pytest.mark.parametrize("text", ["400", "400GB", "fast"])
+def test_other_speeds_are_refused(text):
+    with pytest.raises(UserError, match="give a speed such as 400Gbit/s"):
+        speed_of(text)
