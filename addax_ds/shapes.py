@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from addax_ds.config.checks import nearest
@@ -82,7 +83,13 @@ def shape_of(model: str) -> PretrainedConfig:
         raise UserError(f"{model}: no model's config.json: {str(error).splitlines()[0]}") from None
 
 
+def weightless(shape: PretrainedConfig) -> nn.Module:
+    """The causal language model on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(shape)
+    return model
+
+
 def count_of(shape: PretrainedConfig) -> int:
     """Parameters of the causal language model, tied ones once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
+    return sum(parameter.numel() for parameter in weightless(shape).parameters())

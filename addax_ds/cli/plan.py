@@ -15,6 +15,7 @@ from addax_ds.plan.choose import Batch, Choice, choose
 from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.methods import Steps
+from addax_ds.plan.padding import padding_of
 from addax_ds.plan.plot import PLOT, draw
 from addax_ds.plan.rehearsals import Rehearsals
 from addax_ds.plan.shardings import settings_of
@@ -24,6 +25,8 @@ from addax_ds.training.run import prepare_inputs
 
 TABLES = "plan.json"
 _APART = 0.05
+"""Share that a rehearsal may differ by from what was planned."""
+_WORTH_TELLING = 1.02
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
         shown = [table for table in tables if table.rows]
         for table in shown:
             table.show()
+        padding = padding_of(shape, steps.shards(asked.cluster.ranks))
+        if sharding["engine"] == "fsdp" and padding.share > _WORTH_TELLING:
+            print(padding)
         if asked.output is not None:
             write_json(folder / TABLES, {table.name: table.rows for table in shown})
             if choice is not None:
@@ -101,21 +107,21 @@ def _of_links(steps: Steps, lt: int) -> Bench:
 
 
 def _rehearsed(steps: Steps, lt: int) -> Bench:
-    """Addax's step as planned from a few layers, and as it is with all."""
-    planned = steps.begin("addax", lt)
-    whole = steps.begin("addax", lt, all_layers=True).result()
-    few = planned.result()
+    """Addax's step as planned from a few layers and as the method has it, and as it is with all layers."""
+    begun = [steps.begin("addax", lt), steps.begin("addax", lt, all_layers=True)]
+    few, whole = (future.result() for future in begun)
     shards = steps.shards(steps.cluster.ranks)
-    size = steps.weights * (shards - 1) / shards
-    of_weights = [{k: v for k, v in step.received.items() if k != "all_reduce"} for step in (few, whole)]
+    moved = sum(size for kind, size in whole.received.items() if kind != "all_reduce")
     figures = {
         "peak, GiB": (few.peak / 2**30, whole.peak / 2**30),
-        "received, GiB": tuple(sum(step.received.values()) / 2**30 for step in (few, whole)),
-        "model sizes received": tuple(sum(received.values()) / size for received in of_weights) if size else (0.0, 0.0),
+        "received, GiB": (sum(few.received.values()) / 2**30, sum(whole.received.values()) / 2**30),
         **{name: (few.collectives[name], count) for name, count in whole.collectives.items()},
     }
+    if shards > 1:
+        size = steps.weights * (shards - 1) / shards
+        figures["model sizes received"] = 3 * padding_of(steps.shape, shards).share, moved / size
     rows = [
-        {"figure": name, "planned": one, "rehearsed": other, "apart": f"{one / other - 1 if other else 0:+.2%}"}
+        {"figure": name, "planned": one, "rehearsed": other, "apart": f"{one / other - 1:+.2%}"}
         for name, (one, other) in figures.items()
     ]
     return Bench("rehearsal", "Addax's step, planned from a few layers and rehearsed with all", rows)

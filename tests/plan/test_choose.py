@@ -10,8 +10,10 @@ from addax_ds.plan import ready
 from addax_ds.plan.choose import Batch, choose
 from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, gpu_of, speed_of
 from addax_ds.plan.memory import Curve
+from addax_ds.plan.padding import padding_of
 from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import CARRIED, COMPUTED, DRAWN, estimate
+from addax_ds.shapes import shape_of
 
 GIB = 2**30
 LENGTHS = [*range(10, 1010, 10)]  # 100 samples
@@ -116,6 +118,14 @@ def test_the_run_that_is_written_is_the_run_that_was_planned(tmp_path):
     assert (tmp_path / "hostfile").read_text() == "node-0 slots=4\nnode-1 slots=4\nnode-2 slots=4\n"
     assert len(commands) == 3 and all(str(tmp_path / "run.yaml") in command for command in commands)
     assert "NODES=3 GPUS_PER_NODE=4" in commands[0] and "--nodes 3 --gpus-per-node 4" in commands[2]
+
+
+def test_padding_is_told_by_name():
+    shape = shape_of("mistralai/Mixtral-8x7B-v0.1")
+    assert padding_of(shape, 8).share == 1
+    padding = padding_of(shape, 16)
+    assert padding.share == pytest.approx((46.703 + 45.097) / 46.703, rel=1e-3)
+    assert "experts" in padding.worst and "have 8 along dimension 0, which 16 shards do not divide" in str(padding)
 
 
 @pytest.mark.parametrize(("text", "bytes"), [("80GiB", 80 * 2**30), ("1.5 GB", 1.5e9), ("12", 12), ("3MiB", 3 * 2**20)])

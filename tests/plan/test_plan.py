@@ -52,9 +52,8 @@ def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
 
 @pytest.mark.timeout(600)
 def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path):
-    data = ["--data", tiny.reviews, "--tokenizer", tiny.model, "eval_samples=8"]
-    task = ["task.prompt={text} It was", "task.label=label", 'task.labels={0: " bad", 1: " good"}']
-    told, tables = planned("--model", model, *data, *task, "--zo-micro-batch", "1", cwd=tmp_path)
+    words = [tiny.run_file, "dtype=bfloat16", "--tokenizer", tiny.model, "--zo-micro-batch", "1"]
+    told, tables = planned(*words, "--model", model, cwd=tmp_path)
     assert {row["method"]: row for row in tables["methods"]}["addax"]["fits"] == "yes"
     config = load_run(str(tmp_path / "plan" / "run.yaml"), [])
     assert config.k0 == 4 and config.k1 == 4 * config.fo_micro_batch and config.dtype == "bfloat16"

@@ -1,0 +1,1 @@
+from tests.training.tiny import tiny as tiny
