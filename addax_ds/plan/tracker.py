@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 from addax_ds.core.moved import Moved
 from addax_ds.training.wire import WireCounter
 
+HOST = "host"
+"""The part of what lies in the host's memory: no part of any sum of a GPU's."""
+
 
 class Tracker(TorchDispatchMode):
     """While active on a thread, notes every storage that its operations make, until it is freed.
@@ -30,6 +33,8 @@ class Tracker(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         """By the part that something was allocated for, all parts when their sum was then largest since `begin`."""
+        self.most_on_host = 0
+        """Bytes on the host when they were most since `begin`."""
         self._sum = 0
         self._most: Counter[str] = Counter()
         self.collectives: Counter[str] = Counter()
@@ -40,6 +45,7 @@ class Tracker(TorchDispatchMode):
     def begin(self) -> None:
         """Forget peak and collectives so far."""
         self.peaks, self._most = {}, Counter()
+        self.most_on_host = self.now[HOST]
         self.collectives.clear()
         self._wire.received.clear()
         self.received = self._wire.received
@@ -81,6 +87,18 @@ class Tracker(TorchDispatchMode):
             self._wire.count(name, args)
         return out
 
+    def part_of(self, tensor: torch.Tensor) -> str | None:
+        """What the tensor's storage is for; None for what the tracker has not seen."""
+        return self._held.get(tensor.untyped_storage()._cdata, (None, 0))[0]
+
+    def move(self, tensor: torch.Tensor, part: str) -> None:
+        """The tensor's storage is for `part` from now on."""
+        key = tensor.untyped_storage()._cdata
+        before, size = self._held[key]
+        self._held[key] = part, size
+        self._add(before, -size)
+        self._add(part, size)
+
     def _note(self, tensor: torch.Tensor) -> None:
         if is_traceable_wrapper_subclass(tensor):  # such as a DTensor, whose own storage is nowhere
             for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
@@ -103,6 +121,9 @@ class Tracker(TorchDispatchMode):
 
     def _add(self, part: str, size: int) -> None:
         self.now[part] += size
+        if part == HOST:
+            self.most_on_host = max(self.most_on_host, self.now[HOST])
+            return
         self._sum += size
         if size > 0 and self._sum > self._most[part]:
             self._most[part], self.peaks[part] = self._sum, Counter(self.now)

@@ -1,5 +1,7 @@
 """Rehearsals against real runs, and against what the method says of traffic."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
 from addax_ds.config import RunConfig, build
 from addax_ds.errors import UserError
-from addax_ds.plan.rehearse import Rehearsal, by_part, rehearse, second_step
+from addax_ds.plan.rehearse import Rehearsal, a_step, by_part, rehearse
 from addax_ds.plan.tracker import Tracker
 from addax_ds.shapes import shape_of
 from addax_ds.training.world import World as RunWorld
@@ -58,12 +60,12 @@ def small_opt() -> PretrainedConfig:
 SHAPES = {"llama": small_llama, "llama-tied": lambda: small_llama(tied=True), "opt": small_opt}
 
 
-def measured(shape: PretrainedConfig, config: RunConfig, long: int, short: int) -> Rehearsal:
+def measured(shape: PretrainedConfig, config: RunConfig, long: int, short: int, offload: bool = False) -> Rehearsal:
     """The same step with real tensors, on real ranks."""
     tracker = Tracker("weights")
     world = RunWorld(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
-    with by_part(tracker), tracker:
-        return second_step(shape, config, world, long, short, tracker)
+    with by_part(tracker, config, offload), tracker:
+        return a_step(shape, config, world, long, short, tracker, offload)
 
 
 POINTS = [
@@ -86,14 +88,82 @@ lies in the reduction of the head's gradient, for which gloo makes a copy of its
 
 @pytest.mark.parametrize(("world", "method", "shape", "more", "long", "short"), POINTS, indirect=["world"])
 def test_the_peak_of_a_real_step_is_that_of_its_rehearsal(world: World, method, shape, more, long, short):
+    compare(world, method, shape, long, short, **more)
+
+
+def compare(world: World, method: str, shape: str, long: int, short: int, offload: bool = False, **more) -> Rehearsal:
+    """The rehearsal of a step, held against the real one."""
     config = run_of(method, world.size, **more)
-    planned = rehearse(SHAPES[shape](), config, world.size, long, short)
-    real = world.run(measured, shape=SHAPES[shape](), config=config, long=long, short=short)[0]
+    planned = rehearse(SHAPES[shape](), config, world.size, long, short, offload=offload)
+    real = world.run(measured, shape=SHAPES[shape](), config=config, long=long, short=short, offload=offload)[0]
     print(f"{method} {shape} {more} {long}/{short}, {world.size} ranks: {planned.peak / real.peak - 1:+.1%}")
     apart = {part: size - real.parts[part] for part, size in planned.parts.items()}
     assert planned.peak == pytest.approx(real.peak, rel=0.005), apart
+    assert planned.host == pytest.approx(real.host, rel=0.005)
     assert planned.collectives == real.collectives
     assert planned.received == real.received
+    return planned
+
+
+EVICTING = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+LARGE = {
+    "stage3_param_persistence_threshold": 1000,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 8e5,
+    "stage3_prefetch_bucket_size": 4e5,
+}
+"""As ds_configs/70b has it for 8192: live parameters of two blocks, of which one is gathered ahead."""
+ON_CPU = {"offload_param": {"device": "cpu"}}
+
+ZERO_POINTS = [
+    (1, "addax", "llama", {}, {}, 256, 64),
+    (2, "addax", "llama", {}, {}, 256, 64),
+    (2, "addax", "llama", {}, LARGE, 256, 64),
+    (2, "addax", "llama", {"activation_checkpointing": True}, EVICTING, 256, 128),
+    (2, "mezo", "opt", {"dtype": "bfloat16"}, LARGE, 384, 64),
+    (2, "ip-sgd", "llama-tied", {}, EVICTING, 64, 256),
+    (2, "lora", "llama", {}, {}, 64, 256),
+    (2, "adamw", "llama", {"dtype": "bfloat16"}, LARGE, 64, 256),
+    (2, "addax", "llama", {}, {**LARGE, **ON_CPU}, 256, 64),
+    (4, "addax", "llama-tied", {}, EVICTING, 256, 64),
+    (4, "mezo", "llama", {}, {**EVICTING, **ON_CPU}, 256, 64),
+    (4, "addax", "opt", {}, {**LARGE, "zero_hpz_partition_size": 2}, 128, 128),
+]
+"""As above, with what stands in zero_optimization."""
+
+
+@pytest.mark.parametrize(("world", "method", "shape", "more", "zero", "long", "short"), ZERO_POINTS, indirect=["world"])
+def test_so_it_is_under_zero_3(world: World, tmp_path, method, shape, more, zero, long, short):
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero}}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    planned = compare(
+        world, method, shape, long, short, engine="deepspeed", ds_config=str(tmp_path / "ds.json"), **more
+    )
+    assert (planned.host > 0) == ("offload_param" in zero)
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "more"),
+    [(2, "addax", {}), (2, "ip-sgd", {"dtype": "bfloat16"}), (4, "mezo", {}), (1, "adamw", {})],
+    indirect=["world"],
+)
+def test_so_it_is_with_weights_on_the_host(world: World, method, more):
+    planned = compare(world, method, "llama", 256, 64, offload=True, **more)
+    assert planned.host > 0
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "shape"),
+    [(4, "addax", "llama"), (4, "mezo", "opt"), (4, "ip-sgd", "llama-tied")],
+    indirect=["world"],
+)
+def test_so_it_is_with_replicas_of_shards(world: World, method, shape):
+    compare(world, method, shape, 256, 64, replicas=2)
 
 
 @pytest.mark.parametrize("method", ["addax", "mezo", "adamw"])
