@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from addax_ds.config import RunConfig
-from addax_ds.core import lanes, moved
+from addax_ds.core import kernels, lanes, moved
 from addax_ds.core.scratch import Scratch
 from addax_ds.plan import fsdp
 from addax_ds.plan.stand_ins import replaced
@@ -49,12 +49,21 @@ def by_part(
                 stack.enter_context(mode)
             return run_guest(settings, forward)
 
-    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # On a CPU the GPU's memory is the host's, and what would be copied is handed on.
-        there = move(tensor, *args, **kwargs)
-        return there.clone() if there is tensor and tracker.part_of(tensor) == HOST else there
+    # On a CPU the GPU's memory is the host's, and what would be copied from one to the other is handed on.
 
-    run_guest, move = lanes._HostSettings.run, torch.Tensor.to
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        there = move(tensor, *args, **kwargs)
+        goes_to_gpu = there is tensor and tracker.part == "gathered" and tracker.part_of(tensor) == HOST
+        return there.clone() if goes_to_gpu else there
+
+    def update(local: torch.Tensor, start: int, gradient: torch.Tensor | None, *args: Any) -> None:
+        if gradient is not None and tracker.part_of(local) == HOST:
+            with tracker.within(HOST):
+                there = gradient if tracker.part_of(gradient) == HOST else gradient.clone()
+                gradient = there.float()  # as the CPU's kernel takes it
+        run_update(local, start, gradient, *args)
+
+    run_guest, move, run_update = lanes._HostSettings.run, torch.Tensor.to, kernels.update
     if config.engine == "deepspeed":
         from addax_ds.plan import zero3
 
@@ -63,6 +72,6 @@ def by_part(
         of_engine, on_host = fsdp.parts(offload), fsdp.on_host(tracker)
     parts = {**_PARTS, **of_engine}
     named = [(owner, name, counted(part, getattr(owner, name))) for (owner, name), part in parts.items()]
-    guests = [(lanes._HostSettings, "run", in_guest), (torch.Tensor, "to", to)]
-    with replaced([*named, *on_host, *guests]), tracker.resizes():
+    everywhere = [(lanes._HostSettings, "run", in_guest), (torch.Tensor, "to", to), (kernels, "update", update)]
+    with replaced([*named, *on_host, *everywhere]), tracker.lifetimes():
         yield

@@ -6,6 +6,7 @@ does: wrapping, lanes, hooks, updates, DeepSpeed's engine. `stand_ins` has what 
 
 import contextlib
 import gc
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,10 +97,31 @@ def rehearse(
 def _refuse(config: RunConfig, offload: bool) -> None:
     if config.engine == "replicated":
         raise UserError("engine replicated cannot be rehearsed: set engine: fsdp or deepspeed")
+    if config.engine == "deepspeed":
+        try:
+            from addax_ds.plan import zero3
+        except ImportError:
+            raise UserError("engine: deepspeed needs DeepSpeed: pip install 'addax-ds[deepspeed]'") from None
+        if offload:
+            raise UserError("offload is FSDP2's: with engine: deepspeed put offload_param into ds_config")
+        zero3.refuse(config)
 
 
 def _few_layers(shape: PretrainedConfig, config: RunConfig) -> tuple[int, int]:
-    return _FEW_LAYERS
+    """Two numbers of layers, between which and beyond which each layer adds the same."""
+    first, second = _FEW_LAYERS
+    if config.engine == "deepspeed":
+        from addax_ds.plan import zero3
+
+        one, two = (_elements(_with_layers(shape, n)) for n in (1, 2))
+        more = math.ceil(zero3.horizon(config) / (two - one))
+        first, second = first + more, second + more
+    return first, second
+
+
+def _elements(shape: PretrainedConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
 
 
 def _with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -17,29 +17,31 @@ from deepspeed.comm import comm
 from deepspeed.ops.adam import fused_adam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3, utils
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch.nn import functional
 
+from addax_ds.config import BASELINES, RunConfig
 from addax_ds.engines.zero3 import Zero3
+from addax_ds.errors import UserError
 from addax_ds.plan.stand_ins import Replacement, replaced
 from addax_ds.plan.tracker import HOST, Tracker
+from addax_ds.training import models
 
 PARTS: dict[tuple[Any, str], str] = {
     (PartitionedParameterCoordinator, "fetch_sub_module"): "gathered",
     (Zero3, "prefetch"): "gathered",
     (Zero3, "_wait"): "gathered",
-    # Copies that hpZ keeps beside the shards.
-    (Init, "_partition_param_sec"): "weights",
     (stage3.DeepSpeedZeroOptimizer_Stage3, "step"): "weights",
 }
 """By owner and name of a function, what it allocates for."""
 
 
 def on_host(tracker: Tracker) -> list[Replacement]:
-    """Has the tracker know shards that are offloaded."""
+    """Has the tracker know shards that are offloaded, and copies that hpZ keeps beside shards."""
 
     def partition_param(init: Any, parameter: Any, *args: Any, **kwargs: Any) -> None:
         is_new = parameter.ds_tensor is None
@@ -48,8 +50,37 @@ def on_host(tracker: Tracker) -> list[Replacement]:
         if is_new and init.remote_device == OffloadDeviceEnum.cpu and not parameter.ds_persist:
             tracker.move(parameter.ds_tensor, HOST)
 
-    partition = Init._partition_param
-    return [(Init, "_partition_param", partition_param)]
+    def keep_copy(init: Any, *args: Any, **kwargs: Any) -> None:
+        with tracker.within(HOST if init.remote_device == OffloadDeviceEnum.cpu else "weights"):
+            partition_secondary(init, *args, **kwargs)
+
+    partition, partition_secondary = Init._partition_param, Init._partition_param_sec
+    return [(Init, "_partition_param", partition_param), (Init, "_partition_param_sec", keep_copy)]
+
+
+def refuse(config: RunConfig) -> None:
+    """Raise `UserError` for settings of DeepSpeed that are not rehearsed."""
+    zero = _zero_settings(config)
+    if zero.stage != 3:
+        raise UserError(f"ZeRO stage {int(zero.stage)} cannot be rehearsed: set zero_optimization.stage to 3")
+    offloads = any(part is not None and part.device != "none" for part in (zero.offload_param, zero.offload_optimizer))
+    if config.method in BASELINES and offloads:
+        raise UserError(f"method {config.method} of DeepSpeed cannot be rehearsed with offloading: remove it")
+
+
+def horizon(config: RunConfig) -> float:
+    """Elements over which DeepSpeed looks ahead, or holds on: weights further apart do not tell on each other."""
+    zero = _zero_settings(config)
+    updated_at_once = zero.sub_group_size if config.method in BASELINES else 0
+    return zero.max_live_parameters + zero.max_reuse_distance + zero.prefetch_bucket_size + updated_at_once
+
+
+def _zero_settings(config: RunConfig) -> DeepSpeedZeroConfig:
+    settings = models.read_ds_config(config).get("zero_optimization", {})
+    try:
+        return DeepSpeedZeroConfig(**settings)
+    except ValueError as error:
+        raise UserError(f"ds_config {config.ds_config}: DeepSpeed does not take it: {error}") from None
 
 
 @contextlib.contextmanager
