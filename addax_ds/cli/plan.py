@@ -54,7 +54,7 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
         folder = asked.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         sharding = settings_of(asked.sharding, asked.cluster, shape, folder)
-        rehearsals = stack.enter_context(Rehearsals(shape))
+        rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
         steps = Steps(shape, rehearsals, asked.cluster, sharding, asked.batch, max(lengths, default=asked.long))
         lt, choice = asked.lt, None
         if lengths:

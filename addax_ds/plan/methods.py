@@ -9,13 +9,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from addax_ds.config import RunConfig, build, require
+from addax_ds.config import BASELINES, RunConfig, build, require
 from addax_ds.plan.choose import Batch
 from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.memory import Curve
+from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearsals import Rehearsals
-from addax_ds.plan.rehearse import PARTS, Rehearsal
+from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import estimate
+from addax_ds.plan.shardings import offloads
 from addax_ds.shapes import count_of
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,6 +45,12 @@ class Steps:
     """Settings of the engine."""
     batch: Batch
     long: int
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that can be rehearsed: not DeepSpeed's optimizers with offloaded parameters."""
+        others = self.sharding["engine"] != "deepspeed" or not offloads(self.sharding["ds_config"])
+        return [name for name, settings in METHODS.items() if others or settings["method"] not in BASELINES]
 
     @cached_property
     def weights(self) -> int:
@@ -79,12 +87,13 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     Addax takes samples of at most `lt` tokens first-order; the others take all as they come.
     """
     require(lt <= steps.long, f"lt is {lt} and long {steps.long}: the longest first-order sample is no longer")
-    short = {name: lt if name == "addax" else steps.long for name in METHODS}
-    begun = {name: steps.begin(name, short[name]) for name in METHODS}
+    short = {name: lt if name == "addax" else steps.long for name in steps.methods}
+    begun = {name: steps.begin(name, short[name]) for name in steps.methods}
     rehearsed = {name: future.result() for name, future in begun.items()}
     for name, step in rehearsed.items():  # beside each other
         for ranks in _enough(steps, step)[:1]:
             steps.begin(name, short[name], ranks)
+    offloaded = any(step.host for step in rehearsed.values())
     for name, step in rehearsed.items():
         seconds = estimate(step, steps.config(name, steps.cluster.ranks), steps.cluster, steps.weights)
         yield {
@@ -93,6 +102,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
             "GPUs at least": smallest(steps, name, short[name], step),
             "peak": step.peak / 2**30,
             **{part: step.parts[part] / 2**30 for part in PARTS},
+            **({"on each node": step.host * steps.cluster.gpus_per_node / 2**30} if offloaded else {}),
             "received": sum(step.received.values()) / 2**30,
             "seconds": seconds.step,
         }
@@ -104,7 +114,7 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
     def of(method: str, length: int) -> "Future[Rehearsal]":
         return dataclasses.replace(steps, long=length).begin(method, length)
 
-    names = [name for name in METHODS if name != "addax"]
+    names = [name for name in steps.methods if name != "addax"]
     for name in names:  # beside each other
         of(name, shortest)
     return {name: Curve(partial(of, name), shortest, steps.long, points=2) for name in names}

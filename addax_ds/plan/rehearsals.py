@@ -22,10 +22,10 @@ class Rehearsals:
     imported everything once.
     """
 
-    def __init__(self, shape: PretrainedConfig) -> None:
+    def __init__(self, shape: PretrainedConfig, with_deepspeed: bool) -> None:
         self._shape = shape
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([rehearse.__module__])
+        context.set_forkserver_preload([rehearse.__module__, *(["addax_ds.plan.zero3"] if with_deepspeed else [])])
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool = ProcessPoolExecutor(cores, context, initializer=_prepare, max_tasks_per_child=1)
         self._begun: dict[str, Future[Rehearsal]] = {}

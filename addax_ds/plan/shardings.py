@@ -1,5 +1,6 @@
 """Ways to shard a model over planned GPUs, as settings of a run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def _zero3(shape: PretrainedConfig, folder: Path, **more: Any) -> dict[str, Any]
     common = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0, "bf16": {"enabled": True}}
     write_json(folder / DS_CONFIG, {**common, "zero_optimization": zero, "optimizer": {"type": "Addax"}})
     return {"engine": "deepspeed", "ds_config": str(folder / DS_CONFIG)}
+
+
+def offloads(ds_config: str) -> bool:
+    """Whether parameters lie on the host."""
+    return "offload_param" in json.loads(Path(ds_config).read_text())["zero_optimization"]
 
 
 SHARDINGS: dict[str, _Make] = {

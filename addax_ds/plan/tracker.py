@@ -5,16 +5,22 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from addax_ds.core.moved import Moved
 from addax_ds.training.wire import WireCounter
+
+HOST = "host"
+"""The part of what lies in the host's memory: no part of any sum of a GPU's."""
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> float:
@@ -50,6 +56,8 @@ class Tracker(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         """By the part that something was allocated for, all parts when their sum was then largest since `begin`."""
+        self.most_on_host = 0
+        """Bytes on the host when they were most since `begin`."""
         self._sum = 0
         self._most: Counter[str] = Counter()
         self.collectives: Counter[str] = Counter()
@@ -58,19 +66,27 @@ class Tracker(TorchDispatchMode):
         self.flops = 0.0
         """Of products of matrices since `begin`, an addition and a multiplication as two."""
         self._wire = WireCounter()
+        self._in_flight: dict[dist.Work, tuple] = {}
 
     def begin(self) -> None:
         """Forget peak and collectives so far."""
         self.peaks, self._most = {}, Counter()
+        self.most_on_host = self.now[HOST]
         self.collectives.clear()
         self.flops = 0.0
+        self._in_flight.clear()
         self._wire.received.clear()
         self.received = self._wire.received
+
+    @property
+    def part(self) -> str:
+        """What this thread allocates for."""
+        return getattr(self._thread, "part", self._default)
 
     @contextlib.contextmanager
     def within(self, part: str) -> Iterator[None]:
         """What this thread allocates in the context is for `part`."""
-        before = getattr(self._thread, "part", self._default)
+        before = self.part
         self._thread.part = part
         try:
             yield
@@ -78,11 +94,15 @@ class Tracker(TorchDispatchMode):
             self._thread.part = before
 
     @contextlib.contextmanager
-    def resizes(self) -> Iterator[None]:
-        """Storages that are resized in place are noted too, as FSDP2 frees and fills them, on every thread."""
+    def lifetimes(self) -> Iterator[None]:
+        """Notes on every thread what no operation tells.
+
+        Storages are resized in place, as FSDP2 frees and fills them. What a collective works on lives until
+        somebody has waited for it, as NCCL keeps it.
+        """
         resize = torch.UntypedStorage.resize_
 
-        def noted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        def resize_noted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             resized = resize(storage, size)
             if storage._cdata in self._held:
                 part, before = self._held[storage._cdata]
@@ -90,21 +110,51 @@ class Tracker(TorchDispatchMode):
                 self._add(part, size - before)
             return resized
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", noted):
+        def noted(wait: Callable[..., bool]) -> Callable[..., bool]:
+            def run(work: dist.Work, *args: Any) -> bool:
+                waited = wait(work, *args)
+                self._in_flight.pop(work, None)
+                return waited
+
+            return run
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_noted))
+            for kind in (dist.Work, FakeWork):
+                stack.enter_context(mock.patch.object(kind, "wait", noted(kind.wait)))
             yield
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        is_collective = function.namespace == "c10d"
+        run = partial(self.collective, function) if is_collective else function
+        out = run(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
-        if function.namespace == "c10d":
+        if is_collective:
             name = function._schema.name.removeprefix("c10d::")
             self.collectives[name] += 1
             self._wire.count(name, args)
+            self._in_flight[work_of(out)] = args
         elif function.overloadpacket in _FLOPS:
             self.flops += _FLOPS[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
+
+    def collective(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """One operation of c10d."""
+        return function(*args, **kwargs)
+
+    def part_of(self, tensor: torch.Tensor) -> str | None:
+        """What the tensor's storage is for; None for what the tracker has not seen."""
+        return self._held.get(tensor.untyped_storage()._cdata, (None, 0))[0]
+
+    def move(self, tensor: torch.Tensor, part: str) -> None:
+        """The tensor's storage is for `part` from now on."""
+        key = tensor.untyped_storage()._cdata
+        before, size = self._held[key]
+        self._held[key] = part, size
+        self._add(before, -size)
+        self._add(part, size)
 
     def _note(self, tensor: torch.Tensor) -> None:
         if is_traceable_wrapper_subclass(tensor):  # such as a DTensor, whose own storage is nowhere
@@ -117,9 +167,8 @@ class Tracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._held:
-            part = getattr(self._thread, "part", self._default)
-            self._held[key] = part, storage.nbytes()
-            self._add(part, storage.nbytes())
+            self._held[key] = self.part, storage.nbytes()
+            self._add(self.part, storage.nbytes())
             weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
@@ -128,6 +177,14 @@ class Tracker(TorchDispatchMode):
 
     def _add(self, part: str, size: int) -> None:
         self.now[part] += size
+        if part == HOST:
+            self.most_on_host = max(self.most_on_host, self.now[HOST])
+            return
         self._sum += size
         if size > 0 and self._sum > self._most[part]:
             self._most[part], self.peaks[part] = self._sum, Counter(self.now)
+
+
+def work_of(out: Any) -> dist.Work:
+    """What to wait for, of what an operation of c10d has returned."""
+    return dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
