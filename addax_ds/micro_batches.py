@@ -42,8 +42,9 @@ def fingerprint(batches: list[Batch]) -> int:
     checksum = 0
     for batch in batches:
         for tensor in _tensors(batch):
-            # Through bytes, since numpy has no bfloat16.
-            content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            # Through bytes, since numpy has no bfloat16; of a copy: an element cut from a wider tensor shows none.
+            whole = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            content = whole.view(-1).view(torch.uint8).numpy()
             checksum = zlib.crc32(content.tobytes(), checksum)
     return checksum
 

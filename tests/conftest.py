@@ -50,3 +50,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
     for item in items:
         item.add_marker(pytest.mark.xdist_group(f"{size(item)} {item.path.name}"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests have measured, of those that passed, too: (table, row) by `record_property`."""
+    reports = [report for status in ("passed", "failed") for report in terminalreporter.stats.get(status, [])]
+    told = [(table, row) for report in reports if report.when == "call" for table, row in report.user_properties]
+    for table in dict.fromkeys(table for table, _ in told):
+        terminalreporter.section(table)
+        for row in sorted(row for named, row in told if named == table):
+            terminalreporter.write_line(str(row))

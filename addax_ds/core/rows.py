@@ -32,6 +32,8 @@ class Rows:
         if len(missing):
             plus, minus = perturb_rows(weight, missing, name, point)
             places = torch.arange(len(self._plus), len(self._plus) + len(missing), device=weight.device)
-            self._plus, self._minus = torch.cat((self._plus, plus)), torch.cat((self._minus, minus))
+            if len(self._plus):
+                plus, minus = torch.cat((self._plus, plus)), torch.cat((self._minus, minus))
+            self._plus, self._minus = plus, minus
             self._places[missing] = places
         return functional.embedding(self._places[ids.long()], self._plus if sign > 0 else self._minus)

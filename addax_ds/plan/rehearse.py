@@ -38,7 +38,7 @@ class Rehearsal:
     """A step as it is for one rank."""
 
     moments: dict[str, dict[str, float]]
-    """By the part that something was allocated for, bytes of all parts when they were most in all then."""
+    """By what was allocated, bytes of all parts when they were most in all then: see `Tracker.peaks`."""
     collectives: dict[str, float]
     """How many of each kind."""
     received: dict[str, float]
@@ -86,7 +86,8 @@ def rehearse(
         return {key: a.get(key, 0) + rise * (layers - few[0]) for key, rise in slope.items()}
 
     return Rehearsal(
-        # Which moment is the peak may be another one with more layers.
+        # Which moment is the peak may be another one with more layers. Of a part as a whole the line through two
+        # numbers of layers lies below it, where its fullest moment changes: so it never says too much.
         {
             moment: at_all(first.moments[moment], second.moments[moment])
             for moment in first.moments.keys() & second.moments

@@ -55,7 +55,8 @@ class Tracker(TorchDispatchMode):
         self._held: dict[int, tuple[str, int]] = {}  # by address of the storage, its part and bytes
         self.now: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
-        """By the part that something was allocated for, all parts when their sum was then largest since `begin`."""
+        """By the part that something was allocated for, and by that and its bytes, as blocks have them in common:
+        all parts when their sum was then largest since `begin`."""
         self.most_on_host = 0
         """Bytes on the host when they were most since `begin`."""
         self._sum = 0
@@ -181,8 +182,9 @@ class Tracker(TorchDispatchMode):
             self.most_on_host = max(self.most_on_host, self.now[HOST])
             return
         self._sum += size
-        if size > 0 and self._sum > self._most[part]:
-            self._most[part], self.peaks[part] = self._sum, Counter(self.now)
+        for moment in (part, f"{part}, {size} bytes") if size > 0 else ():
+            if self._sum > self._most[moment]:
+                self._most[moment], self.peaks[moment] = self._sum, Counter(self.now)
 
 
 def work_of(out: Any) -> dist.Work:

@@ -1,101 +1,16 @@
 """Rehearsals against real runs, and against what the method says of traffic."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import FakeWork
-from torch.utils._pytree import tree_map_only
-from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
-from addax_ds.config import RunConfig, build
 from addax_ds.errors import UserError
-from addax_ds.plan.rehearse import Rehearsal, a_step, by_part, rehearse
-from addax_ds.plan.tracker import Tracker, work_of
+from addax_ds.plan.rehearse import rehearse
 from addax_ds.shapes import shape_of
-from addax_ds.training.world import World as RunWorld
+from tests.plan.real import compare, run_of, small_llama, under_zero
 from tests.world import World
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-
-METHODS = {
-    "addax": {"method": "addax", "alpha": 1e-3},
-    "mezo": {"method": "mezo"},
-    "ip-sgd": {"method": "ip-sgd"},
-    "adamw": {"method": "adamw"},
-    "lora": {"method": "adamw", "adapter": {"kind": "lora"}},
-    "adazeta": {"method": "adazeta"},
-}
-
-
-def run_of(method: str, ranks: int, **more) -> RunConfig:
-    """Two samples of each kind for a rank."""
-    sizes = {"k0": 2 * ranks, "k1": 2 * ranks, "zo_micro_batch": 2, "fo_micro_batch": 2, "checkpoint_every": 0}
-    return build(RunConfig, {"engine": "fsdp", **sizes, **METHODS[method], **more}, method)
-
-
-def small_llama(tied: bool = False) -> PretrainedConfig:
-    """6 blocks, of which each is a fifth of the weights outside of them, so that no part hides the others."""
-    return LlamaConfig(
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=6000,
-        tie_word_embeddings=tied,
-    )
-
-
-def small_opt() -> PretrainedConfig:
-    return OPTConfig(
-        hidden_size=192,
-        word_embed_proj_dim=192,
-        ffn_dim=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        vocab_size=6000,
-        max_position_embeddings=512,
-        dropout=0.0,
-    )
-
-
-SHAPES = {"llama": small_llama, "llama-tied": lambda: small_llama(tied=True), "opt": small_opt}
-
-
-class OnRanks(Tracker):
-    """Of real ranks. Collectives run on copies, to their end.
-
-    gloo's threads let go of what they work on at a time of their own, after any wait, when the step may have made its
-    next tensor; and a reduction makes a whole copy, which is seen in the wait. GPUs do neither.
-    """
-
-    def collective(self, function, *args, **kwargs):
-        def copied(tensor: torch.Tensor) -> torch.Tensor:
-            copy = tensor.clone()
-            originals[id(copy)] = tensor, copy
-            return copy
-
-        originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        out = function(*tree_map_only(torch.Tensor, copied, args), **kwargs)
-        work_of(out).wait()
-        for original, copy in originals.values():
-            original.copy_(copy)
-        over = FakeWork().boxed()
-        if not isinstance(out, tuple):  # a barrier
-            return over
-        return *tree_map_only(torch.Tensor, lambda copy: originals[id(copy)][0], out[:-1]), over
-
-
-def measured(shape: PretrainedConfig, config: RunConfig, long: int, short: int, offload: bool = False) -> Rehearsal:
-    """The same step with real tensors, on real ranks."""
-    tracker = OnRanks("weights")
-    world = RunWorld(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
-    with by_part(tracker, config, offload), tracker:
-        return a_step(shape, config, world, long, short, tracker, offload)
-
 
 POINTS = [
     (1, "addax", "llama", {}, 256, 64),
@@ -116,22 +31,10 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("world", "method", "shape", "more", "long", "short"), POINTS, indirect=["world"])
-def test_the_peak_of_a_real_step_is_that_of_its_rehearsal(world: World, method, shape, more, long, short):
-    compare(world, method, shape, long, short, **more)
-
-
-def compare(world: World, method: str, shape: str, long: int, short: int, offload: bool = False, **more) -> Rehearsal:
-    """The rehearsal of a step, held against the real one."""
-    config = run_of(method, world.size, **more)
-    planned = rehearse(SHAPES[shape](), config, world.size, long, short, offload=offload)
-    real = world.run(measured, shape=SHAPES[shape](), config=config, long=long, short=short, offload=offload)[0]
-    print(f"{method} {shape} {more} {long}/{short}, {world.size} ranks: {planned.peak / real.peak - 1:+.1%}")
-    apart = {part: size - real.parts[part] for part, size in planned.parts.items()}
-    assert planned.peak == pytest.approx(real.peak, rel=0.005), apart
-    assert planned.host == pytest.approx(real.host, rel=0.005)
-    assert planned.collectives == real.collectives
-    assert planned.received == real.received
-    return planned
+def test_the_peak_of_a_real_step_is_that_of_its_rehearsal(
+    record_property, world: World, method, shape, more, long, short
+):
+    compare(record_property, world, method, shape, long, short, **more)
 
 
 EVICTING = {
@@ -166,20 +69,10 @@ ZERO_POINTS = [
 """As above, with what stands in zero_optimization."""
 
 
-def under_zero(folder: Path, zero: dict) -> dict:
-    """A run's settings for ZeRO-3 with these in zero_optimization."""
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero}}
-    (folder / "ds.json").write_text(json.dumps(settings))
-    return {"engine": "deepspeed", "ds_config": str(folder / "ds.json")}
-
-
 @pytest.mark.parametrize(("world", "method", "shape", "more", "zero", "long", "short"), ZERO_POINTS, indirect=["world"])
-def test_so_it_is_under_zero_3(world: World, tmp_path, method, shape, more, zero, long, short):
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero}}
-    (tmp_path / "ds.json").write_text(json.dumps(settings))
-    planned = compare(
-        world, method, shape, long, short, engine="deepspeed", ds_config=str(tmp_path / "ds.json"), **more
-    )
+def test_so_it_is_under_zero_3(record_property, world: World, tmp_path, method, shape, more, zero, long, short):
+    settings = under_zero(tmp_path, zero)
+    planned = compare(record_property, world, method, shape, long, short, **settings, **more)
     assert (planned.host > 0) == ("offload_param" in zero)
 
 
@@ -188,8 +81,8 @@ def test_so_it_is_under_zero_3(world: World, tmp_path, method, shape, more, zero
     [(2, "addax", {}), (2, "ip-sgd", {"dtype": "bfloat16"}), (1, "adamw", {})],
     indirect=["world"],
 )
-def test_so_it_is_with_weights_on_the_host(world: World, method, more):
-    planned = compare(world, method, "llama", 256, 64, offload=True, **more)
+def test_so_it_is_with_weights_on_the_host(record_property, world: World, method, more):
+    planned = compare(record_property, world, method, "llama", 256, 64, offload=True, **more)
     assert planned.host > 0
 
 
@@ -198,8 +91,8 @@ def test_so_it_is_with_weights_on_the_host(world: World, method, more):
     [(4, "addax", "llama"), (4, "ip-sgd", "opt")],
     indirect=["world"],
 )
-def test_so_it_is_with_replicas_of_shards(world: World, method, shape):
-    compare(world, method, shape, 256, 64, replicas=2)
+def test_so_it_is_with_replicas_of_shards(record_property, world: World, method, shape):
+    compare(record_property, world, method, shape, 256, 64, replicas=2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""Rehearsals of SmolLM2-135M, held against real steps: other lengths, batches, methods, ranks and both engines."""
+
+import pytest
+
+from tests.plan.real import compare, under_zero
+from tests.world import World
+
+BFLOAT16 = {"dtype": "bfloat16"}
+# Two blocks, of which one is gathered ahead.
+ZERO = {"stage3_prefetch_bucket_size": 3.5e6, "stage3_max_live_parameters": 7e6, "stage3_max_reuse_distance": 0}
+POINTS = [
+    (1, "fsdp", "addax", BFLOAT16, (2, 512), (2, 128)),
+    (1, "fsdp", "ip-sgd", BFLOAT16, (1, 64), (3, 160)),
+    (1, "zero3", "addax", BFLOAT16, (2, 256), (2, 64)),
+    (2, "fsdp", "addax", {}, (2, 320), (1, 64)),
+    (2, "fsdp", "mezo", BFLOAT16, (4, 192), (1, 64)),
+    (2, "fsdp", "adamw", BFLOAT16, (1, 64), (1, 128)),
+    (2, "zero3", "addax", BFLOAT16, (1, 448), (2, 96)),
+    (2, "zero3", "mezo", {}, (4, 128), (1, 64)),
+    (4, "fsdp", "addax", BFLOAT16, (2, 256), (1, 128)),
+    (4, "fsdp", "lora", BFLOAT16, (1, 64), (2, 128)),
+    (4, "zero3", "addax", BFLOAT16, (1, 384), (1, 128)),
+    (4, "zero3", "ip-sgd", BFLOAT16, (1, 64), (1, 160)),
+]
+"""Ranks, engine, method, settings, and samples and tokens of either batch of a rank."""
+
+
+@pytest.mark.parametrize(("world", "engine", "method", "more", "zo", "fo"), POINTS, indirect=["world"])
+def test_the_plan_of_smollm2_is_what_its_steps_take(
+    record_property, world: World, tmp_path, engine, method, more, zo, fo
+):
+    batches = {"zo_micro_batch": zo[0], "fo_micro_batch": fo[0], "k0": zo[0] * world.size, "k1": fo[0] * world.size}
+    settings = {**more, **batches, **(under_zero(tmp_path, ZERO) if engine == "zero3" else {})}
+    compare(record_property, world, method, "smollm2-135m", zo[1], fo[1], **settings)
