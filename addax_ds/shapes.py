@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from addax_ds.config.checks import nearest
+from addax_ds.data.embedded import EMBEDDED_MODELS, prepare_model
 from addax_ds.errors import UserError
 
 _Sizes = dict[str, Any]
@@ -67,20 +68,23 @@ SHAPES: dict[str, tuple[str, _Sizes]] = {
 
 
 def shape_of(model: str) -> PretrainedConfig:
-    """The configuration of a model: a built-in shape by its id, or a folder or file with a config.json.
+    """The configuration of a model: a built-in shape or an embedded model by name, a folder or file with a
+    config.json, or what the hub has by that id.
 
-    Raises `UserError` where there is neither.
+    Raises `UserError` where there is none of them.
     """
     if model in SHAPES:
         kind, sizes = SHAPES[model]
         return CONFIG_MAPPING[kind](**sizes)
-    path = Path(model)
-    if not path.exists():
-        raise UserError(f"no shape is known by {model}{nearest(model, [*SHAPES])}, and no file or folder")
+    location = prepare_model(model) if model in EMBEDDED_MODELS else Path(model)
+    is_here = location.exists()
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(location if is_here else model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{model}: no model's config.json: {str(error).splitlines()[0]}") from None
+        if is_here:
+            raise UserError(f"{model}: no model's config.json: {str(error).splitlines()[0]}") from None
+        known = nearest(model, [*SHAPES, *EMBEDDED_MODELS])
+        raise UserError(f"no shape is known by {model}{known}, no file or folder, and the hub gives none") from None
 
 
 def weightless(shape: PretrainedConfig) -> nn.Module:

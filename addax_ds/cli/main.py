@@ -101,7 +101,7 @@ def bench(
 @app.command()
 def plan(
     settings: Settings = None,
-    model: Annotated[str, typer.Option(help="Shape by hub id, or a folder with config.json.")] = "",
+    model: Annotated[str, typer.Option(help="A model by hub id, by name, or a folder with config.json.")] = "",
     data: Annotated[str, typer.Option(help="Data as of a run, for which L_T and batches are chosen.")] = "",
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer to measure data by; the model's own.")] = None,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
@@ -111,8 +111,8 @@ def plan(
     gpu_link: Annotated[str | None, typer.Option(help="What joins GPUs of a node, such as 450GB/s.")] = None,
     node_link: Annotated[str | None, typer.Option(help="What joins nodes, all cards, such as 3200Gbit/s.")] = None,
     sharding: Annotated[str, typer.Option(help="fsdp, hsdp, zero3 or zero3-offload.")] = "fsdp",
-    long: Annotated[int, typer.Option(help="Tokens of the longest sample, without data.")] = 512,
-    lt: Annotated[int, typer.Option(help="L_T, without data.")] = 170,
+    long: Annotated[int | None, typer.Option(help="Tokens of the longest sample, without data: 512.")] = None,
+    lt: Annotated[int | None, typer.Option(help="L_T, without data: 170.")] = None,
     zo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes zeroth-order at once, at most.")] = 6,
     fo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes first-order at once, at most.")] = 4,
     rehearse: Annotated[bool, typer.Option(help="Rehearse with all layers, and check the plan against it.")] = False,
@@ -124,12 +124,15 @@ def plan(
     from addax_ds.plan.choose import Batch
     from addax_ds.plan.cluster import Cluster, gpu_of
 
+    has_data = bool(data or any("=" not in setting for setting in settings or []))
+    if has_data and (long or lt):
+        raise UserError("data have lengths of their own, for which L_T is chosen: leave --long and --lt out")
     asked = Asked(
         cluster=Cluster(nodes, gpus_per_node, gpu_of(gpu, gpu_memory, gpu_link, node_link)),
         sharding=sharding,
         batch=Batch(zo_micro_batch, fo_micro_batch),
-        long=long,
-        lt=lt,
+        long=512 if long is None else long,
+        lt=170 if lt is None else lt,
         tokenizer=tokenizer,
         rehearse=rehearse,
         output=output,
@@ -137,7 +140,7 @@ def plan(
     given = [f"{name}={value}" for name, value in (("model", model), ("data", data)) if value]
     usual = [] if any("=" not in setting for setting in settings or []) else ["dtype=bfloat16", "train_samples=null"]
     config = _load([*usual, *(settings or []), *given])
-    run(asked, config, has_data=bool(data or any("=" not in setting for setting in settings or [])))
+    run(asked, config, has_data)
 
 
 @app.command()

@@ -86,6 +86,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
 
     Addax takes samples of at most `lt` tokens first-order; the others take all as they come.
     """
+    require(steps.long >= 1 and lt >= 1, f"long is {steps.long} and lt {lt}: they must be 1 or more")
     require(lt <= steps.long, f"lt is {lt} and long {steps.long}: the longest first-order sample is no longer")
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}

@@ -74,6 +74,8 @@ def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path):
         (["--model", "facebook/opt-13b", "--sharding", "hsdp"], "hsdp keeps a copy on each node, and there is one"),
         (["--model", "facebook/opt-13b", "--lt", "600"], "lt is 600 and long 512"),
         (["--model", "facebook/opt-13b", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "facebook/opt-13b", "--data", "movies", "--lt", "60"], "leave --long and --lt out"),
+        (["--model", "facebook/opt-13b", "--long", "0"], "long is 0"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, words, told):
