@@ -1,6 +1,7 @@
 """Rehearsals beside each other: each in a process of its own, and none twice."""
 
 import gc
+import logging
 import multiprocessing
 import os
 import warnings
@@ -48,4 +49,6 @@ def _prepare() -> None:
     """Once in each process, before its rehearsal."""
     torch.set_num_threads(1)  # fake tensors compute nothing that threads could share
     gc.freeze()  # what the server has imported is not looked through again
-    warnings.simplefilter("ignore")  # of tensors that are not what they seem, which is what a rehearsal takes
+    # Of tensors that are not what they seem, which is what a rehearsal takes, and of DeepSpeed with another optimizer.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)

@@ -71,7 +71,7 @@ def refuse(config: RunConfig) -> None:
 def horizon(config: RunConfig) -> float:
     """Elements over which DeepSpeed looks ahead, or holds on: weights further apart do not tell on each other."""
     zero = _zero_settings(config)
-    updated_at_once = zero.sub_group_size if config.method in BASELINES else 0
+    updated_at_once = zero.sub_group_size if config.method in BASELINES and config.adapter is None else 0
     return zero.max_live_parameters + zero.max_reuse_distance + zero.prefetch_bucket_size + updated_at_once
 
 
