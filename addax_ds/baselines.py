@@ -15,7 +15,8 @@ from torch import nn
 
 from addax_ds.core.directions import Directions
 from addax_ds.core.dropout import dropout, dropout_seed
-from addax_ds.core.lanes import Job, Lanes, raise_first
+from addax_ds.core.guest import Job, raise_first
+from addax_ds.core.lanes import Lanes
 from addax_ds.core.noise import step_seed
 from addax_ds.core.scalars import Scalars
 from addax_ds.engines.base import Engine

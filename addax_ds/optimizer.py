@@ -16,7 +16,8 @@ from addax_ds.config import AddaxConfig, build
 from addax_ds.core.checkpointing import refuse_reentrant
 from addax_ds.core.directions import Directions
 from addax_ds.core.dropout import dropout, dropout_seed
-from addax_ds.core.lanes import Job, Lanes, raise_first
+from addax_ds.core.guest import Job, raise_first
+from addax_ds.core.lanes import Lanes
 from addax_ds.core.noise import step_seed
 from addax_ds.core.plain import Perturbation
 from addax_ds.core.scalars import RankSums, Scalars, projected_gradients

@@ -16,7 +16,7 @@ from addax_ds.bench.ranks import on_ranks
 from addax_ds.bench.table import Bench
 from addax_ds.config import RunConfig
 from addax_ds.core import kernels
-from addax_ds.core.lanes import Job
+from addax_ds.core.guest import Job
 from addax_ds.core.plain import Perturbation
 from addax_ds.core.scalars import projected_gradients
 from addax_ds.data.partition import partition

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from addax_ds.config import RunConfig
-from addax_ds.core import kernels, lanes, moved
+from addax_ds.core import guest, kernels, lanes, moved
 from addax_ds.core.scratch import Scratch
 from addax_ds.plan import fsdp
 from addax_ds.plan.stand_ins import replaced
@@ -63,7 +63,7 @@ def by_part(
                 gradient = there.float()  # as the CPU's kernel takes it
         run_update(local, start, gradient, *args)
 
-    run_guest, move, run_update = lanes._HostSettings.run, torch.Tensor.to, kernels.update
+    run_guest, move, run_update = guest.HostSettings.run, torch.Tensor.to, kernels.update
     if config.engine == "deepspeed":
         from addax_ds.plan import zero3
 
@@ -72,6 +72,6 @@ def by_part(
         of_engine, on_host = fsdp.parts(offload), fsdp.on_host(tracker)
     parts = {**_PARTS, **of_engine}
     named = [(owner, name, counted(part, getattr(owner, name))) for (owner, name), part in parts.items()]
-    everywhere = [(lanes._HostSettings, "run", in_guest), (torch.Tensor, "to", to), (kernels, "update", update)]
+    everywhere = [(guest.HostSettings, "run", in_guest), (torch.Tensor, "to", to), (kernels, "update", update)]
     with replaced([*named, *on_host, *everywhere]), tracker.lifetimes():
         yield

@@ -17,7 +17,8 @@ from torch import nn
 from addax_ds.core import lanes as lanes_module
 from addax_ds.core import moved as moved_module
 from addax_ds.core import rows as rows_module
-from addax_ds.core.lanes import Job, Lanes, raise_first
+from addax_ds.core.guest import Job, raise_first
+from addax_ds.core.lanes import Lanes
 from addax_ds.core.moved import Moved
 from addax_ds.core.noise import noise
 from addax_ds.core.plain import Perturbation
