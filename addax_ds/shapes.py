@@ -78,12 +78,15 @@ def shape_of(model: str) -> PretrainedConfig:
         return CONFIG_MAPPING[kind](**sizes)
     location = prepare_model(model) if model in EMBEDDED_MODELS else Path(model)
     is_here = location.exists()
+    known = nearest(model, [*SHAPES, *EMBEDDED_MODELS])
+    if not is_here and model.count("/") != 1:  # no id of the hub
+        raise UserError(f"no shape is known by {model}{known}, and no file or folder")
     try:
         return AutoConfig.from_pretrained(location if is_here else model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers take what stands in a config.json on trust
         if is_here:
-            raise UserError(f"{model}: no model's config.json: {str(error).splitlines()[0]}") from None
-        known = nearest(model, [*SHAPES, *EMBEDDED_MODELS])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{model}: no model's config.json: {reason:.200}") from None
         raise UserError(f"no shape is known by {model}{known}, no file or folder, and the hub gives none") from None
 
 

@@ -124,9 +124,15 @@ def plan(
     from addax_ds.plan.choose import Batch
     from addax_ds.plan.cluster import Cluster, gpu_of
 
-    has_data = bool(data or any("=" not in setting for setting in settings or []))
-    if has_data and (long or lt):
+    given = [*(settings or []), *(f"{name}={value}" for name, value in (("model", model), ("data", data)) if value)]
+    is_from_file = any("=" not in setting for setting in given)
+    has_data = is_from_file or any(setting.startswith("data=") for setting in given)
+    if has_data and (long is not None or lt is not None):
         raise UserError("data have lengths of their own, for which L_T is chosen: leave --long and --lt out")
+    planned = ("lt=", "k0=", "k1=", "zo_micro_batch=", "fo_micro_batch=", "engine=", "ds_config=", "replicas=")
+    for setting in given:
+        if setting.startswith(planned):
+            raise UserError(f"{setting}: a plan chooses that: leave it out, and see the options of addax-ds plan")
     asked = Asked(
         cluster=Cluster(nodes, gpus_per_node, gpu_of(gpu, gpu_memory, gpu_link, node_link)),
         sharding=sharding,
@@ -137,9 +143,8 @@ def plan(
         rehearse=rehearse,
         output=output,
     )
-    given = [f"{name}={value}" for name, value in (("model", model), ("data", data)) if value]
-    usual = [] if any("=" not in setting for setting in settings or []) else ["dtype=bfloat16", "train_samples=null"]
-    config = _load([*usual, *(settings or []), *given])
+    usual = [] if is_from_file else ["dtype=bfloat16", "train_samples=null"]
+    config = _load([*usual, *given])
     run(asked, config, has_data)
 
 

@@ -2,15 +2,19 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from addax_ds.bench.table import Bench
-from addax_ds.config import RunConfig
+from addax_ds.config import RunConfig, build, for_method, values_of
 from addax_ds.errors import UserError
-from addax_ds.plan import links, methods, ready
+from addax_ds.plan import check, links, methods, ready
 from addax_ds.plan.choose import Batch, Choice, choose
 from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.memory import Curve
@@ -19,14 +23,12 @@ from addax_ds.plan.padding import padding_of
 from addax_ds.plan.plot import PLOT, draw
 from addax_ds.plan.rehearsals import Rehearsals
 from addax_ds.plan.shardings import settings_of
-from addax_ds.shapes import shape_of
+from addax_ds.shapes import count_of, shape_of
 from addax_ds.training.metrics import write_json
 from addax_ds.training.run import prepare_inputs
 
 TABLES = "plan.json"
-_APART = 0.05
-"""Share that a rehearsal may differ by from what was planned."""
-_WORTH_TELLING = 1.02
+_WORTH_TELLING = 1.02  # of padding
 
 
 @dataclass(frozen=True)
@@ -46,46 +48,90 @@ class Asked:
 def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
     """Print what a step takes of each GPU under every method; with data, choose L_T and write a run that is ready.
 
-    config: the run, whose engine, batches and L_T are planned. Raises `UserError` for what cannot be planned.
+    config: the run, whose sharding, batches and L_T are planned. Raises `UserError` for what cannot be planned.
     """
-    shape = shape_of(config.model)
+    shape = _shape(config.model)
+    run = _addax(config)
+    if asked.output is not None and (asked.output / ready.RUN).exists():
+        raise UserError(f"{asked.output / ready.RUN} is there already: choose another --output, or remove it")
     lengths = _lengths(config, asked.tokenizer) if has_data else []
+    long = max(lengths, default=asked.long)
+    context = getattr(shape, "max_position_embeddings", None) or long
+    if long > context:
+        raise UserError(
+            f"samples of {long} tokens are longer than the {context} that {config.model} takes: shorten them"
+        )
     with ExitStack() as stack:
-        folder = asked.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        sharding = settings_of(asked.sharding, asked.cluster, shape, folder)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
         rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
-        steps = Steps(shape, rehearsals, asked.cluster, sharding, asked.batch, max(lengths, default=asked.long))
-        lt, choice = asked.lt, None
-        if lengths:
-            choice = choose(lengths, asked.cluster, lambda batch: _curve(steps, batch, min(lengths)), asked.batch)
-            steps, lt = dataclasses.replace(steps, batch=choice.batch), choice.longest_first_order
-            print(choice)
-        tables = [_of_methods(config.model, asked, steps, lt), _of_links(steps, lt)]
-        if asked.rehearse:
-            tables.append(_rehearsed(steps, lt))
-        shown = [table for table in tables if table.rows]
-        for table in shown:
-            table.show()
-        padding = padding_of(shape, steps.shards(asked.cluster.ranks))
-        if sharding["engine"] == "fsdp" and padding.share > _WORTH_TELLING:
-            print(padding)
-        if asked.output is not None:
-            write_json(folder / TABLES, {table.name: table.rows for table in shown})
-            if choice is not None:
-                _write_run(choice, steps, config, folder)
-        if asked.rehearse:
-            _check(tables[-1])
+        steps = Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long)
+        try:
+            _plan(asked, steps, lengths)
+        except BrokenProcessPool:
+            raise UserError("a rehearsal was killed, perhaps for want of memory: free some, and plan again") from None
+
+
+def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
+    lt, choice = asked.lt, None
+    if lengths:
+        choice = choose(lengths, asked.cluster, lambda batch: _curve(steps, batch, min(lengths)), asked.batch)
+        steps, lt = dataclasses.replace(steps, batch=choice.batch), choice.longest_first_order
+        print(choice)
+    zo, fo = f"{steps.batch.zo_micro_batch} x {steps.long} tokens", f"{steps.batch.fo_micro_batch} x {lt}"
+    where = f"{steps.run.model}, {asked.sharding} on {asked.cluster}"
+    told = f"GiB per GPU, {where}; each takes {zo} zeroth-order, {fo} first-order"
+    tables = [_shown("methods", told, methods.rows(steps, lt))]
+    if asked.cluster.nodes > 1:
+        told = "seconds of Addax's step, estimated, by what joins the nodes"
+        tables.append(_shown("links", told, links.rows(steps, lt)))
+    padding = padding_of(steps.shape, steps.shards(asked.cluster.ranks))
+    if steps.sharding["engine"] == "fsdp" and padding.share > _WORTH_TELLING:
+        print(padding)
+    if asked.rehearse:
+        told = "Addax's step, planned from a few layers and rehearsed with all"
+        tables.append(_shown("rehearsal", told, check.rows(steps, lt)))
+    if asked.output is not None:
+        asked.output.mkdir(parents=True, exist_ok=True)
+        write_json(asked.output / TABLES, {table.name: table.rows for table in tables})
+        if choice is not None:
+            _write_run(choice, asked, steps, asked.output)
+
+
+def _shape(model: str) -> PretrainedConfig:
+    """The shape of a causal language model of blocks."""
+    shape = shape_of(model)
+    try:
+        count_of(shape)
+        if shape.num_hidden_layers < 1:
+            raise ValueError("num_hidden_layers is below 1")
+    except Exception as error:  # transformers take what stands in a config.json on trust
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{model}: no causal language model that can be planned: {reason:.200}") from None
+    return shape
+
+
+def _addax(config: RunConfig) -> RunConfig:
+    """The run as one of Addax's; L_T is planned."""
+    if config.method not in (None, "addax", "addax-wa") or not 0 < config.alpha < 1:
+        raise UserError(
+            f"a plan chooses for Addax, and shows the others beside it: leave method={config.method_name} out"
+        )
+    return build(RunConfig, {**values_of(config), "method": "addax", "lt": "auto"}, "plan")
 
 
 def _lengths(config: RunConfig, tokenizer: str | None) -> list[int]:
     """Tokens of each training sample, by the model's tokenizer or another."""
+    replicated = {"engine": "replicated", "ds_config": None, "replicas": 1, "model": tokenizer or config.model}
     try:
-        prepared = prepare_inputs(dataclasses.replace(config, model=tokenizer or config.model))
+        prepared = prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan"))
     except UserError as error:
-        if tokenizer is None and "cannot be loaded" in str(error):
-            raise UserError(f"{error}: give --tokenizer, a folder, a hub id or smollm2-135m") from None
+        if tokenizer is None and config.model in str(error):
+            raise UserError(f"{error}: or give --tokenizer, a folder, a hub id or smollm2-135m") from None
         raise
+    bearing = max(len(example.target) for example in prepared.train)
+    if bearing > 1:
+        print(f"targets have up to {bearing} tokens, and the plan's memory is that of one: leave room for their logits")
     return [example.length for example in prepared.train]
 
 
@@ -95,49 +141,27 @@ def _curve(steps: Steps, batch: Batch, shortest: int) -> Curve:
     return Curve(lambda length: taking.begin("addax", length), shortest, steps.long)
 
 
-def _of_methods(model: str, asked: Asked, steps: Steps, lt: int) -> Bench:
-    batch = steps.batch
-    zo, fo = f"{batch.zo_micro_batch} x {steps.long} tokens", f"{batch.fo_micro_batch} x {lt}"
-    about = f"GiB per GPU, {model}, {asked.sharding} on {asked.cluster}; each takes {zo} zeroth-order, {fo} first-order"
-    return Bench("methods", about, [*methods.rows(steps, lt)])
+def _shown(name: str, about: str, rows: Iterable[dict[str, Any]]) -> Bench:
+    """The table, printed, with the rows that there are before a fault, too."""
+    table = Bench(name, about)
+    try:
+        table.rows.extend(rows)
+    finally:
+        if table.rows:
+            table.show()
+    return table
 
 
-def _of_links(steps: Steps, lt: int) -> Bench:
-    return Bench("links", "seconds of Addax's step, estimated, by what joins the nodes", [*links.rows(steps, lt)])
-
-
-def _rehearsed(steps: Steps, lt: int) -> Bench:
-    """Addax's step as planned from a few layers and as the method has it, and as it is with all layers."""
-    begun = [steps.begin("addax", lt), steps.begin("addax", lt, all_layers=True)]
-    few, whole = (future.result() for future in begun)
-    shards = steps.shards(steps.cluster.ranks)
-    moved = sum(size for kind, size in whole.received.items() if kind != "all_reduce")
-    figures = {
-        "peak, GiB": (few.peak / 2**30, whole.peak / 2**30),
-        "received, GiB": (sum(few.received.values()) / 2**30, sum(whole.received.values()) / 2**30),
-        **{name: (few.collectives[name], count) for name, count in whole.collectives.items()},
-    }
-    if shards > 1:
-        size = steps.weights * (shards - 1) / shards
-        figures["model sizes received"] = 3 * padding_of(steps.shape, shards).share, moved / size
-    rows = [
-        {"figure": name, "planned": one, "rehearsed": other, "apart": f"{one / other - 1:+.2%}"}
-        for name, (one, other) in figures.items()
-    ]
-    return Bench("rehearsal", "Addax's step, planned from a few layers and rehearsed with all", rows)
-
-
-def _check(rehearsal: Bench) -> None:
-    for row in rehearsal.rows:
-        if abs(row["planned"] - row["rehearsed"]) > _APART * row["rehearsed"]:
-            raise UserError(f"{row['figure']}: planned {row['planned']:.4g}, rehearsed {row['rehearsed']:.4g}")
-
-
-def _write_run(choice: Choice, steps: Steps, config: RunConfig, folder: Path) -> None:
+def _write_run(choice: Choice, asked: Asked, steps: Steps, folder: Path) -> None:
     draw(choice, methods.curves(steps, min(choice.lengths)), steps.cluster, folder / PLOT)
-    sizes: dict[str, Any] = dataclasses.asdict(choice.batch) | {"k0": choice.k0, "k1": choice.k1}
     method = "addax-wa" if choice.lt == "none" else "addax"
-    run = dataclasses.replace(config, method=method, lt=choice.lt, **steps.sharding, **sizes)
+    planned = {
+        **settings_of(asked.sharding, steps.cluster, steps.shape, steps.run.dtype, folder),
+        **dataclasses.asdict(choice.batch),
+        **{"k0": choice.k0, "k1": choice.k1, "method": method, "lt": choice.lt},
+    }
+    run = build(RunConfig, {**for_method(values_of(steps.run), method), **planned}, "plan")
     commands = ready.write(run, str(choice), steps.cluster, folder)
-    print(f"\n{folder / PLOT}: memory against length\n{folder / ready.RUN}: the run, which any of these starts:")
+    print(f"\n{folder / PLOT}: memory against length\n{folder / ready.RUN}: the run, which any of these starts, with")
+    print("names of your own in place of node-0 and /shared/run, in the hostfile, too:")
     print(*(f"  {command}" for command in commands), sep="\n")

@@ -80,6 +80,13 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
         raise UserError(f"{where}: {error}") from None
 
 
+def values_of(config: Any) -> dict[str, Any]:
+    """The settings of a configuration that differ from its defaults, as `build` and YAML take them."""
+    usual, values = type(config)(), dataclasses.asdict(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: values[name] for name in names if getattr(config, name) != getattr(usual, name)}
+
+
 def _build_adapter(values: dict[str, Any], where: str) -> AdapterConfig:
     """The adapters that a mapping describes, told apart by its kind."""
     kind = values.get("kind")

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Literal
 
 from addax_ds.config import require
+from addax_ds.data.partition import check_pools, partition
 from addax_ds.errors import UserError
 from addax_ds.plan.cluster import RESERVED, Cluster
 from addax_ds.plan.memory import Curve
@@ -72,18 +73,28 @@ class Choice:
 
 
 def choose(lengths: Sequence[int], cluster: Cluster, curve_of: Callable[[Batch], Curve], most: Batch) -> Choice:
-    """The largest L_T that fits, with as many samples at once, up to `most`, as leave half of the data first-order.
+    """The largest L_T that fits and leaves both pools a batch, with as many samples at once, up to `most`, as leave
+    half of the data first-order.
 
     curve_of: a GPU's memory against L_T with a batch, its zeroth-order samples as long as the longest.
-    Raises `UserError` where not even one of the shortest fits.
+    Raises `UserError` where not even one of the shortest fits, or where there are too few samples.
     """
     lengths, room = sorted(lengths), cluster.gpu.memory - RESERVED
     for batch in _smaller_and_smaller(most):
+        is_last = batch == Batch(1, 1)
         curve = curve_of(batch)
         fitting = curve.longest_within(room, lengths)
-        if fitting is not None and (fitting >= median(lengths) or batch == Batch(1, 1)):
-            lt = _with_a_pool(fitting, lengths, batch.zo_micro_batch * cluster.ranks)
-            return Choice(lt, batch, cluster.ranks, (*lengths,), curve, fitting)
+        if fitting is None or (fitting < median(lengths) and not is_last):
+            continue
+        lt = _with_a_pool(fitting, lengths, batch.zo_micro_batch * cluster.ranks)
+        choice = Choice(lt, batch, cluster.ranks, (*lengths,), curve, fitting)
+        try:
+            check_pools(partition(lengths, lt), choice.k0, choice.k1, alpha=0.5)
+        except UserError:
+            if is_last:
+                raise
+            continue
+        return choice
     raise UserError(
         f"one sample of {lengths[0]} tokens first-order beside one of {lengths[-1]} zeroth-order takes "
         f"{(curve.at(lengths[0]) + RESERVED) / 2**30:.3g} GiB of a GPU: plan more GPUs, shorter samples, or method=mezo"

@@ -17,10 +17,12 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     In lockstep each GPU draws the noise of all weights that pass; with `perturb: shard` each draws that of its
     own shard, and perturbed weights are gathered again for either point.
     """
+    if steps.cluster.nodes == 1:
+        return
     ranks = steps.cluster.ranks
     begun = {place: steps.begin("addax", lt, perturb=place) for place in ("gathered", "shard")}
     own = steps.cluster.gpu.node_link * 8e-9
-    for link in sorted({own, *LINKS}, reverse=True) if steps.cluster.nodes > 1 else ():
+    for link in sorted({own, *LINKS}, reverse=True):
         gpu = dataclasses.replace(steps.cluster.gpu, node_link=link / 8e-9)
         cluster = dataclasses.replace(steps.cluster, gpu=gpu)
         seconds = {

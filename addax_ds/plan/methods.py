@@ -1,15 +1,18 @@
 """Methods side by side on planned GPUs."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
-from addax_ds.config import BASELINES, RunConfig, build, require
+from addax_ds.config import BASELINES, RunConfig, build, require, values_of
 from addax_ds.plan.choose import Batch
 from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.memory import Curve
@@ -17,7 +20,6 @@ from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearsals import Rehearsals
 from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import estimate
-from addax_ds.plan.shardings import offloads
 from addax_ds.shapes import count_of
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,8 @@ class Steps:
     """Steps of a model on planned GPUs, with samples of at most `long` tokens."""
 
     shape: PretrainedConfig
+    run: RunConfig
+    """Addax's, of which the sharding and the sizes of batches are planned; the others compute in its dtype."""
     rehearsals: Rehearsals
     cluster: Cluster
     sharding: dict[str, Any]
@@ -49,29 +53,32 @@ class Steps:
     @property
     def methods(self) -> list[str]:
         """Those that can be rehearsed: not DeepSpeed's optimizers with offloaded parameters."""
-        others = self.sharding["engine"] != "deepspeed" or not offloads(self.sharding["ds_config"])
+        others = not self.offloads
         return [name for name, settings in METHODS.items() if others or settings["method"] not in BASELINES]
+
+    @property
+    def offloads(self) -> bool:
+        """Whether parameters lie on the host."""
+        path = self.sharding["ds_config"]
+        return path is not None and "offload_param" in json.loads(Path(path).read_text())["zero_optimization"]
 
     @cached_property
     def weights(self) -> int:
         """Bytes of the whole model."""
-        return 2 * count_of(self.shape)
-
-    @property
-    def replicas(self) -> int:
-        """Copies of the model."""
-        return int(self.sharding.get("replicas", 1))
+        return count_of(self.shape) * getattr(torch, self.run.dtype).itemsize
 
     def shards(self, ranks: int) -> int:
         """Parts that each weight lies in."""
-        return ranks // self.replicas
+        return ranks // int(self.sharding["replicas"])
 
     def config(self, method: str, ranks: int, **more: Any) -> RunConfig:
-        """The run of a method: weights in bfloat16, those of sgd and adamw float32 with torch's mixed precision."""
+        """The run of a method: sgd and adamw keep float32 weights beside, as torch's mixed precision does."""
         zo, fo = self.batch.zo_micro_batch, self.batch.fo_micro_batch
-        sizes = {"zo_micro_batch": zo, "fo_micro_batch": fo, "k0": zo * ranks, "k1": fo * ranks}
-        common = {"dtype": "bfloat16", "checkpoint_every": 0, **self.sharding}
-        return build(RunConfig, {**common, **sizes, **METHODS[method], **more}, method)
+        planned = {"zo_micro_batch": zo, "fo_micro_batch": fo, "k0": zo * ranks, "k1": fo * ranks, **self.sharding}
+        if method == "addax":
+            return build(RunConfig, {**values_of(self.run), **planned, **more}, "plan")
+        shared = {name: getattr(self.run, name) for name in ("dtype", "activation_checkpointing")}
+        return build(RunConfig, {**shared, "checkpoint_every": 0, **planned, **METHODS[method], **more}, method)
 
     def begin(
         self, method: str, short: int, ranks: int | None = None, all_layers: bool = False, **more: Any
@@ -91,8 +98,10 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}
     rehearsed = {name: future.result() for name, future in begun.items()}
-    for name, step in rehearsed.items():  # beside each other
-        for ranks in _enough(steps, step)[:1]:
+    others = {name: steps.begin(name, short[name], 2 * steps.cluster.ranks) for name in steps.methods}
+    enough = {name: _enough(steps, step, others[name].result()) for name, step in rehearsed.items()}
+    for name, numbers in enough.items():  # beside each other
+        for ranks in numbers[:1]:
             steps.begin(name, short[name], ranks)
     offloaded = any(step.host for step in rehearsed.values())
     for name, step in rehearsed.items():
@@ -100,7 +109,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
         yield {
             "method": name,
             "fits": "yes" if steps.cluster.fits(step.peak) else "no",
-            "GPUs at least": smallest(steps, name, short[name], step),
+            "GPUs at least": _smallest(steps, name, short[name], enough[name]),
             "peak": step.peak / 2**30,
             **{part: step.parts[part] / 2**30 for part in PARTS},
             **({"on each node": step.host * steps.cluster.gpus_per_node / 2**30} if offloaded else {}),
@@ -121,19 +130,31 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
     return {name: Curve(partial(of, name), shortest, steps.long, points=2) for name in names}
 
 
-def smallest(steps: Steps, method: str, short: int, step: Rehearsal) -> int | None:
-    """GPUs that suffice, each with the same batch: whole nodes, or a part of one; None where no number does."""
-    for ranks in _enough(steps, step):
+def _smallest(steps: Steps, method: str, short: int, enough: list[int]) -> int | None:
+    """The first of these numbers of GPUs that suffices, rehearsed; None where none does."""
+    for ranks in enough:
         if steps.cluster.fits(steps.begin(method, short, ranks).result().peak):
             return ranks
     return None
 
 
-def _enough(steps: Steps, step: Rehearsal) -> list[int]:
-    """Numbers of GPUs on which it should fit, from the smallest on: shards are what becomes less on more of them."""
+def _enough(steps: Steps, step: Rehearsal, doubled: Rehearsal) -> list[int]:
+    """Numbers of GPUs on which it should fit, from the smallest on: a part of a node, or whole nodes.
+
+    At one kind of moment memory is a constant and shards, which are inverse to the number of GPUs: a step on twice as
+    many tells them apart.
+    """
     cluster = steps.cluster
-    weights = step.parts["weights"] * steps.shards(cluster.ranks)
-    others = step.peak - step.parts["weights"]
-    some = [*range(1, cluster.gpus_per_node), *(cluster.gpus_per_node * nodes for nodes in range(1, _MOST_NODES + 1))]
-    whole = [ranks for ranks in some if ranks % steps.replicas == 0]
-    return [ranks for ranks in whole if cluster.fits(others + weights / steps.shards(ranks))]
+    moments = step.moments.keys() & doubled.moments.keys()
+    sizes = [(sum(step.moments[moment].values()), sum(doubled.moments[moment].values())) for moment in moments]
+
+    def peak(ranks: int) -> float:
+        share = cluster.ranks / ranks
+        return max(2 * twice - once + 2 * (once - twice) * share for once, twice in sizes)
+
+    a_node = range(1, cluster.gpus_per_node + 1)
+    if steps.sharding["replicas"] > 1:
+        numbers = [cluster.nodes * gpus for gpus in a_node]
+    else:
+        numbers = [*a_node, *(cluster.gpus_per_node * nodes for nodes in range(2, _MOST_NODES + 1))]
+    return [ranks for ranks in numbers if cluster.fits(peak(ranks))]

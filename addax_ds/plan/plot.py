@@ -25,7 +25,9 @@ def draw(choice: Choice, curves: dict[str, Curve], cluster: Cluster, path: Path)
     with style.context("default"):  # a user's matplotlibrc has no say here
         figure = Figure(figsize=(8, 6), layout="constrained")
         above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-        for (name, curve), colour in zip({"addax, against L_T": choice.curve, **curves}.items(), _COLOURS, strict=True):
+        for (name, curve), colour in zip(
+            {"addax, against L_T": choice.curve, **curves}.items(), _COLOURS, strict=False
+        ):
             above.plot(along, [(curve.at(x) + RESERVED) / 2**30 for x in along], label=name, color=colour)
         room = cluster.gpu.memory / 2**30
         above.axhline(room, color=_FAINT, linestyle="--", label=f"a GPU, {room:.3g} GiB")

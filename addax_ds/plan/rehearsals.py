@@ -4,14 +4,18 @@ import gc
 import logging
 import multiprocessing
 import os
+import textwrap
+import threading
 import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from addax_ds.config import RunConfig
+from addax_ds.errors import UserError
 from addax_ds.plan.rehearse import Rehearsal, rehearse
 
 
@@ -41,8 +45,20 @@ class Rehearsals:
         """See `rehearse`; faults come with the result."""
         key = repr((config, ranks, long, short, options))
         if key not in self._begun:
-            self._begun[key] = self._pool.submit(rehearse, self._shape, config, ranks, long, short, **options)
+            self._begun[key] = self._pool.submit(_rehearse, self._shape, config, ranks, long, short, **options)
         return self._begun[key]
+
+
+def _rehearse(
+    shape: PretrainedConfig, config: RunConfig, ranks: int, long: int, short: int, **options: Any
+) -> Rehearsal:
+    try:
+        return rehearse(shape, config, ranks, long, short, **options)
+    except UserError:
+        raise
+    except Exception as error:  # of a model's own code, which may not take tensors without memory
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
+        raise UserError(f"{shape.model_type} with {config.method_name} cannot be rehearsed: {reason}") from None
 
 
 def _prepare() -> None:
@@ -52,3 +68,12 @@ def _prepare() -> None:
     # Of tensors that are not what they seem, which is what a rehearsal takes, and of DeepSpeed with another optimizer.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the command is killed, nobody asks this process for anything any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a process of the pool
+    wait([parent.sentinel])
+    os._exit(1)

@@ -7,9 +7,9 @@ from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.rehearse import Rehearsal
 
 COMPUTED = 0.4
-"""Share of a GPU's products per second that large models reach (30 to 50 % is what training runs report)."""
+"""Share of a GPU's products per second that large models reach: assumed, as training runs report 30 to 50 %."""
 CARRIED = 0.8
-"""Share of a link's bytes per second that collectives reach."""
+"""Share of a link's bytes per second that collectives reach: assumed."""
 DRAWN = {"normal": 0.42, "rademacher": 0.72}
 """Perturbed copies per second, of plain copies: `addax-ds bench noise` on an H200, bfloat16."""
 
@@ -37,7 +37,8 @@ def estimate(step: Rehearsal, config: RunConfig, cluster: Cluster, weights: floa
     drawn = 0.0
     if config.alpha > 0 and config.adapter is None:
         # Each GPU draws for all that it gathers, or for its own shard.
-        drawn = 2 * config.queries * weights / (cluster.ranks if config.perturb == "shard" else 1)
+        shards = cluster.ranks // config.replicas
+        drawn = 2 * config.queries * weights / (shards if config.perturb == "shard" else 1)
     copied = gpu.bandwidth / 2  # a byte is read and written
     return Seconds(
         step.flops / (gpu.flops * COMPUTED),

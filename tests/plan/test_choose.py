@@ -5,6 +5,7 @@ from concurrent.futures import Future
 import pytest
 
 from addax_ds.config import RunConfig, build, load_run
+from addax_ds.data.partition import partition
 from addax_ds.errors import UserError
 from addax_ds.plan import ready
 from addax_ds.plan.choose import Batch, choose
@@ -72,6 +73,15 @@ def test_where_all_fits_nothing_is_split():
     assert chosen.lt == "none" and chosen.longest_first_order == 1000 and "no L_T" in str(chosen)
 
 
+def test_batches_are_no_larger_than_their_pools():
+    few = LENGTHS[::5]  # 20 samples
+    chosen = choose(few, cluster(14), growing, Batch(6, 4))
+    pools = partition(few, chosen.lt)
+    assert chosen.k0 <= len(pools.zo) and chosen.k1 <= len(pools.fo) and chosen.batch != Batch(6, 4)
+    with pytest.raises(UserError, match="k0=4 is more than the 3 samples"):
+        choose(LENGTHS[:3], cluster(80), growing, Batch(6, 4))
+
+
 def test_where_nothing_fits_it_is_told():
     with pytest.raises(UserError, match=r"one sample of 10 tokens .* takes 13 GiB of a GPU: plan more GPUs"):
         choose(LENGTHS, cluster(12), growing, Batch(6, 4))
@@ -105,8 +115,9 @@ def test_a_shards_own_noise_is_drawn_once():
     config = build(RunConfig, {"method": "mezo", "engine": "fsdp"}, "test")
     own = build(RunConfig, {"method": "mezo", "engine": "fsdp", "perturb": "shard"}, "test")
     step, on = Rehearsal({}, {}, {}, 0.0), Cluster(2, 8, GPUS["h100"])
-    gathered, shard = (estimate(step, each, on, weights=140e9).perturbing for each in (config, own))
-    assert gathered == pytest.approx(16 * shard)
+    hsdp = build(RunConfig, {"method": "mezo", "engine": "fsdp", "replicas": 2, "perturb": "shard"}, "test")
+    gathered, shard, half = (estimate(step, each, on, weights=140e9).perturbing for each in (config, own, hsdp))
+    assert gathered == pytest.approx(16 * shard) == pytest.approx(8 * half)
 
 
 def test_the_run_that_is_written_is_the_run_that_was_planned(tmp_path):

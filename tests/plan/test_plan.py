@@ -3,9 +3,17 @@
 import json
 
 import pytest
+from transformers import LlamaConfig
 
-from addax_ds.config import load_run
+from addax_ds.config import RunConfig, build, load_run
+from addax_ds.data.partition import check_pools, partition
+from addax_ds.errors import UserError
+from addax_ds.plan.cluster import RESERVED
 from addax_ds.plan.methods import METHODS
+from addax_ds.plan.rehearsals import Rehearsals
+from addax_ds.plan.rehearse import rehearse
+from addax_ds.shapes import shape_of
+from addax_ds.training.run import prepare_inputs
 from tests.cli.commands import run
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 9, "num_attention_heads": 4}
@@ -20,10 +28,16 @@ def model(tmp_path):
     return folder
 
 
-def planned(*words, cwd):
-    """Its tables."""
-    where = ["--nodes", "2", "--gpus-per-node", "2", "--gpu-memory", f"{MEMORY}GiB", "--output", "plan"]
-    done = run("plan", *where, *words, cwd=cwd, seconds=500).check()
+def few_methods():
+    """In the command's process: to plan every method takes minutes."""
+    for name in ("adazeta", "sgd", "lora, adamw"):
+        METHODS.pop(name)
+
+
+def planned(*words, cwd, memory=f"{MEMORY}GiB"):
+    """What it prints, and its tables."""
+    where = ["--nodes", "2", "--gpus-per-node", "2", "--gpu-memory", memory, "--output", "plan"]
+    done = run("plan", *where, *words, cwd=cwd, seconds=500, before=few_methods).check()
     return done.output, json.loads((cwd / "plan" / "plan.json").read_text())
 
 
@@ -32,7 +46,7 @@ def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
     told, tables = planned("--model", model, "--long", "256", "--lt", "32", "--rehearse", cwd=tmp_path)
     assert "2 nodes of 2 GPUs" in told
     rows = {row["method"]: row for row in tables["methods"]}
-    assert set(rows) == set(METHODS)
+    assert set(rows) == {"addax", "mezo", "ip-sgd", "adamw"}
     for row in rows.values():
         assert row["fits"] == ("yes" if row["peak"] <= MEMORY - 2 else "no")
         enough = row["GPUs at least"]
@@ -50,21 +64,62 @@ def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
     assert whole["model sizes received"]["rehearsed"] == pytest.approx(3, rel=0.01)
 
 
+def checked(folder, tiny, monkeypatch):
+    """The run that was written, whose data make its batches."""
+    monkeypatch.chdir(folder.parent)
+    config = load_run(str(folder / "run.yaml"), [f"model={tiny.model}"])
+    prepared = prepare_inputs(config)
+    pools = partition([example.length for example in prepared.train], config.lt)
+    check_pools(pools, config.k0, config.k1, config.alpha)
+    assert (folder / "memory.png").stat().st_size > 5000
+    return config, pools
+
+
 @pytest.mark.timeout(600)
-def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path):
-    words = [tiny.run_file, "dtype=bfloat16", "--tokenizer", tiny.model, "--zo-micro-batch", "1"]
-    told, tables = planned(*words, "--model", model, cwd=tmp_path)
+def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path, monkeypatch):
+    settings = ["dtype=bfloat16", "activation_checkpointing=true"]
+    prepared = prepare_inputs(load_run(str(tiny.run_file), [f"model={tiny.model}", *settings]))
+    lengths = sorted(example.length for example in prepared.train)
+    wanted = lengths[len(lengths) * 3 // 5]
+    sizes = {"engine": "fsdp", "k0": 4, "k1": 16, "zo_micro_batch": 1, "fo_micro_batch": 4}
+    config = build(RunConfig, {"dtype": "bfloat16", "activation_checkpointing": True, **sizes}, "test")
+    memory = rehearse(shape_of(str(model)), config, 4, lengths[-1], wanted).peak + RESERVED
+
+    words = [tiny.run_file, *settings, "--tokenizer", tiny.model, "--zo-micro-batch", "1", "--model", model]
+    told, tables = planned(*words, memory=f"{memory + 1:.0f}", cwd=tmp_path)
     assert {row["method"]: row for row in tables["methods"]}["addax"]["fits"] == "yes"
-    config = load_run(str(tmp_path / "plan" / "run.yaml"), [])
-    assert config.k0 == 4 and config.k1 == 4 * config.fo_micro_batch and config.dtype == "bfloat16"
-    assert config.method == ("addax-wa" if config.lt == "none" else "addax")
-    assert "bash launch/torchrun.sh" in told and (tmp_path / "plan" / "memory.png").stat().st_size > 5000
+    config, pools = checked(tmp_path / "plan", tiny, monkeypatch)
+    assert config.method == "addax" and config.lt == wanted and f"L_T = {wanted} tokens" in told
+    assert config.k0 == 4 and config.k1 == 16 and len(pools.zo) >= 4
+    assert config.dtype == "bfloat16" and config.activation_checkpointing and config.engine == "fsdp"
+    assert "bash launch/torchrun.sh" in told
+    again = run("plan", *words, "--output", "plan", cwd=tmp_path)
+    assert again.status == 2 and "run.yaml is there already" in again.error
+
+
+@pytest.mark.timeout(600)
+def test_so_it_does_for_zero_3_with_parameters_on_the_host(tiny, model, tmp_path, monkeypatch):
+    words = [tiny.run_file, "--tokenizer", tiny.model, "--zo-micro-batch", "1", "--sharding", "zero3-offload"]
+    _, tables = planned(*words, "--model", model, cwd=tmp_path)
+    rows = {row["method"]: row for row in tables["methods"]}
+    assert "adamw" not in rows and all(row["on each node"] > 0 for row in rows.values())
+    config, _ = checked(tmp_path / "plan", tiny, monkeypatch)
+    assert config.engine == "deepspeed" and config.dtype == "float32"  # as the file has it
+    zero = json.loads((tmp_path / "plan" / "ds_config.json").read_text())
+    assert not zero["bf16"]["enabled"] and zero["zero_optimization"]["offload_param"]["device"] == "cpu"
+
+
+def test_what_a_rehearsal_cannot_do_is_one_line(tmp_path):
+    shape = LlamaConfig(**{**SIZES, "num_key_value_heads": 3})  # which 4 heads cannot share
+    config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
+    with Rehearsals(shape, False) as rehearsals, pytest.raises(UserError, match="llama with addax cannot be rehearsed"):
+        rehearsals.begin(config, 2, 8, 8).result()
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--model", "meta-llama/Llama-2-70b"], "did you mean meta-llama/Llama-2-70b-hf"),
+        (["--model", "smollm2-135"], "did you mean smollm2-135m?"),
         (["--model", "facebook/opt-13b", "--nodes", "0"], "nodes is 0: it must be 1 or more"),
         (["--model", "facebook/opt-13b", "--gpu-memory", "80 apples"], "give a size such as 80GiB"),
         (["--model", "facebook/opt-13b", "--gpu-memory", "1GiB"], "gpu_memory is 1 GiB: it must be above 2 GiB"),
@@ -76,6 +131,9 @@ def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path):
         (["--model", "facebook/opt-13b", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", "facebook/opt-13b", "--data", "movies", "--lt", "60"], "leave --long and --lt out"),
         (["--model", "facebook/opt-13b", "--long", "0"], "long is 0"),
+        (["--model", "facebook/opt-13b", "--long", "4096"], "longer than the 2048 that facebook/opt-13b takes"),
+        (["--model", "facebook/opt-13b", "method=mezo"], "leave method=mezo out"),
+        (["--model", "facebook/opt-13b", "lt=60"], "lt=60: a plan chooses that"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, words, told):

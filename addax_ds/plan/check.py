@@ -1,0 +1,40 @@
+"""A plan, made from a few layers, held against a rehearsal with all of them and against what the method says."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from addax_ds.errors import UserError
+from addax_ds.plan.methods import Steps
+from addax_ds.plan.padding import padding_of
+
+_APART = 0.05
+"""Share that figures may differ by."""
+
+
+def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
+    """A row a figure of Addax's step. Raises `UserError` after the last one where any two are too far apart."""
+    begun = [steps.begin("addax", lt), steps.begin("addax", lt, all_layers=True)]
+    few, whole = (future.result() for future in begun)
+    figures = {
+        "peak, GiB": (few.peak / 2**30, whole.peak / 2**30),
+        "received, GiB": (sum(few.received.values()) / 2**30, sum(whole.received.values()) / 2**30),
+    }
+    shards = steps.shards(steps.cluster.ranks)
+    if shards > 1:
+        # All weights twice and all gradients once, as any first-order step.
+        moved = sum(size for kind, size in whole.received.items() if kind != "all_reduce")
+        padding = padding_of(steps.shape, shards).share if steps.sharding["engine"] == "fsdp" else 1
+        figures["model sizes received"] = 3 * padding, moved * shards / (shards - 1) / steps.weights
+    held = {*figures}
+    for name in sorted({*few.collectives, *whole.collectives}):
+        figures[name] = few.collectives.get(name, 0), whole.collectives.get(name, 0)
+    if steps.sharding["engine"] == "fsdp":  # how many weights DeepSpeed gathers at once depends on what is ahead
+        held = {*figures}
+    faults = []
+    for name, (planned, rehearsed) in figures.items():
+        apart = planned / rehearsed - 1 if rehearsed else float(planned > 0)
+        yield {"figure": name, "planned": planned, "rehearsed": rehearsed, "apart": f"{apart:+.2%}"}
+        if name in held and abs(apart) > _APART:
+            faults.append(f"{name}: planned {planned:.4g}, rehearsed {rehearsed:.4g}")
+    if faults:
+        raise UserError(f"the plan is not what the rehearsal takes: {'; '.join(faults)}")
