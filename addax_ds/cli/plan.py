@@ -3,7 +3,6 @@
 import dataclasses
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +65,7 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
         sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
         rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
         steps = Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long)
-        try:
-            _plan(asked, steps, lengths)
-        except BrokenProcessPool:
-            raise UserError("a rehearsal was killed, perhaps for want of memory: free some, and plan again") from None
+        _plan(asked, steps, lengths)
 
 
 def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:

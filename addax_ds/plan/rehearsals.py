@@ -7,8 +7,9 @@ import os
 import textwrap
 import threading
 import warnings
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.connection import wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from addax_ds.plan.rehearse import Rehearsal, rehearse
 
 
 class Rehearsals:
-    """Steps of a model, rehearsed on as many processes as there are cores; a context.
+    """Steps of a model, rehearsed on as many processes as there are cores; a context, at whose end none goes on.
 
     A rehearsal changes what all of a process shares (its process group, patched functions), and
     DeepSpeed keeps more of that than it gives back: so one process for each, from a server that has
@@ -29,36 +30,63 @@ class Rehearsals:
 
     def __init__(self, shape: PretrainedConfig, with_deepspeed: bool) -> None:
         self._shape = shape
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([rehearse.__module__, *(["addax_ds.plan.zero3"] if with_deepspeed else [])])
+        self._context = multiprocessing.get_context("forkserver")
+        modules = [rehearse.__module__, *(["addax_ds.plan.zero3"] if with_deepspeed else [])]
+        self._context.set_forkserver_preload(modules)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._pool = ProcessPoolExecutor(cores, context, initializer=_prepare, max_tasks_per_child=1)
+        self._threads = ThreadPoolExecutor(cores)  # each waits for a process at a time
+        self._processes: set[BaseProcess] = set()
         self._begun: dict[str, Future[Rehearsal]] = {}
 
     def __enter__(self) -> "Rehearsals":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for future in self._begun.values():
+            future.cancel()
+        for process in [*self._processes]:
+            process.terminate()
+        self._threads.shutdown()
 
     def begin(self, config: RunConfig, ranks: int, long: int, short: int, **options: Any) -> "Future[Rehearsal]":
         """See `rehearse`; faults come with the result."""
         key = repr((config, ranks, long, short, options))
         if key not in self._begun:
-            self._begun[key] = self._pool.submit(_rehearse, self._shape, config, ranks, long, short, **options)
+            self._begun[key] = self._threads.submit(self._in_a_process, config, ranks, long, short, **options)
         return self._begun[key]
+
+    def _in_a_process(self, config: RunConfig, *layout: int, **options: Any) -> Rehearsal:
+        receiver, sender = self._context.Pipe(duplex=False)
+        words = (sender, self._shape, config, layout, options)
+        process = self._context.Process(target=_rehearse, args=words, daemon=True)
+        process.start()
+        self._processes.add(process)
+        sender.close()
+        try:
+            told = receiver.recv()
+        except EOFError:
+            raise UserError("a rehearsal was killed, perhaps for want of memory: free some, and plan again") from None
+        finally:
+            process.join()
+            self._processes.discard(process)
+        if isinstance(told, UserError):
+            raise told
+        assert isinstance(told, Rehearsal)
+        return told
 
 
 def _rehearse(
-    shape: PretrainedConfig, config: RunConfig, ranks: int, long: int, short: int, **options: Any
-) -> Rehearsal:
+    told: Connection, shape: PretrainedConfig, config: RunConfig, layout: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    """Send the rehearsal, or why there is none."""
+    _prepare()
     try:
-        return rehearse(shape, config, ranks, long, short, **options)
-    except UserError:
-        raise
+        told.send(rehearse(shape, config, *layout, **options))
+    except UserError as error:
+        told.send(error)
     except Exception as error:  # of a model's own code, which may not take tensors without memory
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
-        raise UserError(f"{shape.model_type} with {config.method_name} cannot be rehearsed: {reason}") from None
+        told.send(UserError(f"{shape.model_type} with {config.method_name} cannot be rehearsed: {reason}"))
 
 
 def _prepare() -> None:
@@ -74,6 +102,6 @@ def _prepare() -> None:
 def _end_with_parent() -> None:
     """Where the command is killed, nobody asks this process for anything any more."""
     parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a process of the pool
+    assert parent is not None  # this is not the command's own process
     wait([parent.sentinel])
     os._exit(1)

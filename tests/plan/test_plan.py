@@ -1,6 +1,7 @@
 """`addax-ds plan`: its tables, the run that it writes, and what it refuses."""
 
 import json
+import time
 
 import pytest
 from transformers import LlamaConfig
@@ -114,6 +115,21 @@ def test_what_a_rehearsal_cannot_do_is_one_line(tmp_path):
     config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
     with Rehearsals(shape, False) as rehearsals, pytest.raises(UserError, match="llama with addax cannot be rehearsed"):
         rehearsals.begin(config, 2, 8, 8).result()
+
+
+def test_a_rehearsal_that_is_killed_is_one_line():
+    shape = LlamaConfig(**{**SIZES, "num_hidden_layers": 8})
+    config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
+    with Rehearsals(shape, False) as rehearsals:
+        begun = rehearsals.begin(config, 2, 8, 8)
+        while not rehearsals._processes:
+            time.sleep(0.01)
+        for process in [*rehearsals._processes]:
+            process.kill()
+        with pytest.raises(UserError, match="a rehearsal was killed"):
+            begun.result()
+        # And another begins all the same.
+        assert rehearsals.begin(config, 4, 8, 8).result().peak > 0
 
 
 @pytest.mark.parametrize(
