@@ -25,13 +25,12 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
         moved = sum(size for kind, size in whole.received.items() if kind != "all_reduce")
         padding = padding_of(steps.shape, shards).share if steps.sharding["engine"] == "fsdp" else 1
         figures["model sizes received"] = 3 * padding, moved * shards / (shards - 1) / steps.weights
-    held = {*figures}
-    for name in sorted({*few.collectives, *whole.collectives}):
-        figures[name] = few.collectives.get(name, 0), whole.collectives.get(name, 0)
-    if steps.sharding["engine"] == "fsdp":  # how many weights DeepSpeed gathers at once depends on what is ahead
-        held = {*figures}
+    names = sorted({*few.collectives, *whole.collectives})
+    counts = {name: (few.collectives.get(name, 0), whole.collectives.get(name, 0)) for name in names}
+    # How many weights DeepSpeed gathers at once depends on what is ahead: its counts are told alone.
+    held = {*figures, *(counts if steps.sharding["engine"] == "fsdp" else ())}
     faults = []
-    for name, (planned, rehearsed) in figures.items():
+    for name, (planned, rehearsed) in {**figures, **counts}.items():
         apart = planned / rehearsed - 1 if rehearsed else float(planned > 0)
         yield {"figure": name, "planned": planned, "rehearsed": rehearsed, "apart": f"{apart:+.2%}"}
         if name in held and abs(apart) > _APART:

@@ -12,13 +12,11 @@ LINKS = (3200, 800, 400, 100, 25, 10)
 
 
 def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
-    """A row a link: seconds of Addax's step with every weight gathered once, and gathered for each forward.
+    """A row a link between nodes: seconds of Addax's step with one gather of a weight, and with one for each forward.
 
     In lockstep each GPU draws the noise of all weights that pass; with `perturb: shard` each draws that of its
     own shard, and perturbed weights are gathered again for either point.
     """
-    if steps.cluster.nodes == 1:
-        return
     ranks = steps.cluster.ranks
     begun = {place: steps.begin("addax", lt, perturb=place) for place in ("gathered", "shard")}
     own = steps.cluster.gpu.node_link * 8e-9

@@ -23,7 +23,7 @@ from addax_ds.plan.seconds import estimate
 from addax_ds.shapes import count_of
 
 METHODS: dict[str, dict[str, Any]] = {
-    "addax": {"method": "addax", "alpha": 1e-3},
+    "addax": {"method": "addax"},
     "mezo": {"method": "mezo"},
     "adazeta": {"method": "adazeta"},
     "ip-sgd": {"method": "ip-sgd"},
