@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -132,10 +133,15 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
 
 def _smallest(steps: Steps, method: str, short: int, enough: list[int]) -> int | None:
     """The first of these numbers of GPUs that suffices, rehearsed; None where none does."""
-    for ranks in enough:
-        if steps.cluster.fits(steps.begin(method, short, ranks).result().peak):
-            return ranks
-    return None
+
+    def fits(ranks: int) -> bool:
+        return steps.cluster.fits(steps.begin(method, short, ranks).result().peak)
+
+    if enough and fits(enough[0]):  # nearly always
+        return enough[0]
+    # More GPUs never take more of each.
+    place = bisect_left(enough, True, lo=min(1, len(enough)), key=fits)
+    return enough[place] if place < len(enough) else None
 
 
 def _enough(steps: Steps, step: Rehearsal, doubled: Rehearsal) -> list[int]:
