@@ -1,13 +1,14 @@
 """`addax-ds plan`."""
 
+import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import PretrainedConfig
 
 from addax_ds.bench.table import Bench
@@ -60,7 +61,7 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
         raise UserError(
             f"samples of {long} tokens are longer than the {context} that {config.model} takes: shorten them"
         )
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
         rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
@@ -71,22 +72,23 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
 def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
     lt, choice = asked.lt, None
     if lengths:
-        choice = choose(lengths, asked.cluster, lambda batch: _curve(steps, batch, min(lengths)), asked.batch)
+        with _waiting(steps.rehearsals):
+            choice = choose(lengths, asked.cluster, lambda batch: _curve(steps, batch, min(lengths)), asked.batch)
         steps, lt = dataclasses.replace(steps, batch=choice.batch), choice.longest_first_order
         print(choice)
     zo, fo = f"{steps.batch.zo_micro_batch} x {steps.long} tokens", f"{steps.batch.fo_micro_batch} x {lt}"
     where = f"{steps.run.model}, {asked.sharding} on {asked.cluster}"
     told = f"GiB per GPU, {where}; each takes {zo} zeroth-order, {fo} first-order"
-    tables = [_shown("methods", told, methods.rows(steps, lt))]
+    tables = [_shown(steps, "methods", told, methods.rows(steps, lt))]
     if asked.cluster.nodes > 1:
         told = "seconds of Addax's step, estimated, by what joins the nodes"
-        tables.append(_shown("links", told, links.rows(steps, lt)))
+        tables.append(_shown(steps, "links", told, links.rows(steps, lt)))
     padding = padding_of(steps.shape, steps.shards(asked.cluster.ranks))
     if steps.sharding["engine"] == "fsdp" and padding.share > _WORTH_TELLING:
         print(padding)
     if asked.rehearse:
         told = "Addax's step, planned from a few layers and rehearsed with all"
-        tables.append(_shown("rehearsal", told, check.rows(steps, lt)))
+        tables.append(_shown(steps, "rehearsal", told, check.rows(steps, lt)))
     if asked.output is not None:
         asked.output.mkdir(parents=True, exist_ok=True)
         write_json(asked.output / TABLES, {table.name: table.rows for table in tables})
@@ -137,11 +139,20 @@ def _curve(steps: Steps, batch: Batch, shortest: int) -> Curve:
     return Curve(lambda length: taking.begin("addax", length), shortest, steps.long)
 
 
-def _shown(name: str, about: str, rows: Iterable[dict[str, Any]]) -> Bench:
+@contextlib.contextmanager
+def _waiting(rehearsals: Rehearsals) -> Iterator[None]:
+    """Tell a terminal how far rehearsals are, while nothing is printed."""
+    with Console(stderr=True).status("") as status:
+        rehearsals.told = status.update
+        yield
+
+
+def _shown(steps: Steps, name: str, about: str, rows: Iterable[dict[str, Any]]) -> Bench:
     """The table, printed, with the rows that there are before a fault, too."""
     table = Bench(name, about)
     try:
-        table.rows.extend(rows)
+        with _waiting(steps.rehearsals):
+            table.rows.extend(rows)
     finally:
         if table.rows:
             table.show()
@@ -149,7 +160,9 @@ def _shown(name: str, about: str, rows: Iterable[dict[str, Any]]) -> Bench:
 
 
 def _write_run(choice: Choice, asked: Asked, steps: Steps, folder: Path) -> None:
-    draw(choice, methods.curves(steps, min(choice.lengths)), steps.cluster, folder / PLOT)
+    with _waiting(steps.rehearsals):
+        others = methods.curves(steps, min(choice.lengths))
+    draw(choice, others, steps.cluster, folder / PLOT)
     method = "addax-wa" if choice.lt == "none" else "addax"
     planned = {
         **settings_of(asked.sharding, steps.cluster, steps.shape, steps.run.dtype, folder),

@@ -1,4 +1,4 @@
-"""Rehearsals beside each other: each in a process of its own, and none twice."""
+"""Rehearsals beside each other, in processes of their own, and none twice."""
 
 import gc
 import logging
@@ -7,9 +7,11 @@ import os
 import textwrap
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -23,20 +25,24 @@ from addax_ds.plan.rehearse import Rehearsal, rehearse
 class Rehearsals:
     """Steps of a model, rehearsed on as many processes as there are cores; a context, at whose end none goes on.
 
-    A rehearsal changes what all of a process shares (its process group, patched functions), and
-    DeepSpeed keeps more of that than it gives back: so one process for each, from a server that has
-    imported everything once.
+    A rehearsal changes what all of a process shares (its process group, patched functions): so none
+    are in the command's own. Processes come from a server that has imported everything once, and take
+    one rehearsal after another, but of DeepSpeed, which keeps more of that than it gives back, one.
     """
 
     def __init__(self, shape: PretrainedConfig, with_deepspeed: bool) -> None:
         self._shape = shape
+        self._with_deepspeed = with_deepspeed
         self._context = multiprocessing.get_context("forkserver")
         modules = [rehearse.__module__, *(["addax_ds.plan.zero3"] if with_deepspeed else [])]
         self._context.set_forkserver_preload(modules)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(cores)  # each waits for a process at a time
         self._processes: set[BaseProcess] = set()
+        self._idle: SimpleQueue[tuple[BaseProcess, Connection]] = SimpleQueue()
         self._begun: dict[str, Future[Rehearsal]] = {}
+        self.told: Callable[[str], object] = lambda _: None
+        """Called, on any thread, with how many are done."""
 
     def __enter__(self) -> "Rehearsals":
         return self
@@ -53,44 +59,63 @@ class Rehearsals:
         key = repr((config, ranks, long, short, options))
         if key not in self._begun:
             self._begun[key] = self._threads.submit(self._in_a_process, config, ranks, long, short, **options)
+            self._begun[key].add_done_callback(self._tell)
         return self._begun[key]
 
+    def _tell(self, _: "Future[Rehearsal]") -> None:
+        begun = [*self._begun.values()]
+        self.told(f"rehearsed {sum(future.done() for future in begun)} steps of {len(begun)} so far")
+
     def _in_a_process(self, config: RunConfig, *layout: int, **options: Any) -> Rehearsal:
-        receiver, sender = self._context.Pipe(duplex=False)
-        words = (sender, self._shape, config, layout, options)
-        process = self._context.Process(target=_rehearse, args=words, daemon=True)
-        process.start()
-        self._processes.add(process)
-        sender.close()
         try:
-            told = receiver.recv()
-        except EOFError:
-            raise UserError("a rehearsal was killed, perhaps for want of memory: free some, and plan again") from None
-        finally:
-            process.join()
-            self._processes.discard(process)
+            process, connection = self._idle.get_nowait()
+        except Empty:
+            process, connection = self._start()
+        try:
+            connection.send((config, layout, options))
+            told = connection.recv()
+        except (EOFError, OSError):
+            told = UserError("a rehearsal was killed, perhaps for want of memory: free some, and plan again")
+        if isinstance(told, Rehearsal) and not self._with_deepspeed:
+            self._idle.put((process, connection))
+            return told
+        connection.close()
+        process.terminate()  # a fault may have left threads that wait
+        process.join()
+        self._processes.discard(process)
         if isinstance(told, UserError):
             raise told
         assert isinstance(told, Rehearsal)
         return told
 
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, self._shape), daemon=True)
+        process.start()
+        self._processes.add(process)
+        theirs.close()
+        return process, ours
 
-def _rehearse(
-    told: Connection, shape: PretrainedConfig, config: RunConfig, layout: tuple[int, int, int], options: dict[str, Any]
-) -> None:
-    """Send the rehearsal, or why there is none."""
+
+def _serve(asked: Connection, shape: PretrainedConfig) -> None:
+    """Answer with rehearsals, or with why there is none, until nobody asks any more."""
     _prepare()
-    try:
-        told.send(rehearse(shape, config, *layout, **options))
-    except UserError as error:
-        told.send(error)
-    except Exception as error:  # of a model's own code, which may not take tensors without memory
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
-        told.send(UserError(f"{shape.model_type} with {config.method_name} cannot be rehearsed: {reason}"))
+    while True:
+        try:
+            config, layout, options = asked.recv()
+        except EOFError:
+            return
+        try:
+            asked.send(rehearse(shape, config, *layout, **options))
+        except UserError as error:
+            asked.send(error)
+        except Exception as error:  # of a model's own code, which may not take tensors without memory
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
+            asked.send(UserError(f"{shape.model_type} with {config.method_name} cannot be rehearsed: {reason}"))
 
 
 def _prepare() -> None:
-    """Once in each process, before its rehearsal."""
+    """Once in each process, before its first rehearsal."""
     torch.set_num_threads(1)  # fake tensors compute nothing that threads could share
     gc.freeze()  # what the server has imported is not looked through again
     # Of tensors that are not what they seem, which is what a rehearsal takes, and of DeepSpeed with another optimizer.

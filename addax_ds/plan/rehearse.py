@@ -29,7 +29,7 @@ from addax_ds.shapes import count_of
 from addax_ds.training.models import Optimizer, build_optimizer, checkpoint_activations
 from addax_ds.training.world import World
 
-_FEW_LAYERS = 4, 8
+_FEW_LAYERS = 3, 5
 """Traffic, and memory at one kind of moment, are affine in the number of layers from the first of these on."""
 
 
