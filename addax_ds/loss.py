@@ -35,7 +35,7 @@ def token_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Ten
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = batch["labels"][:, 1:]
-    columns = (targets != IGNORED).any(dim=0).nonzero().view(-1)
+    columns = _target_columns(targets)
     targets = targets[:, columns]
     logits = _logits_at(model, inputs, columns)
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -63,12 +63,21 @@ def choice_scores(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.
         rows = {key: value.flatten(0, 1) for key, value in batch.items() if key != "answer"}
         return -token_loss(model, rows).unflatten(0, batch["input_ids"].shape[:2])
     inputs = {key: value for key, value in batch.items() if key not in ("choices", "answer")}
-    positions = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
-    # The last token of each prompt, whichever side the padding is on.
-    columns, column_of = (batch["attention_mask"] * positions).argmax(dim=1).unique(return_inverse=True)
+    columns, column_of = _last_columns(batch["attention_mask"])
     logits = _logits_at(model, inputs, columns)
     samples = torch.arange(len(column_of), device=column_of.device)
     return logits[samples, column_of].float().gather(1, batch["choices"])
+
+
+def _target_columns(targets: torch.Tensor) -> torch.Tensor:
+    """Where any sample's targets [batch, tokens] are to be predicted: [n]."""
+    return (targets != IGNORED).any(dim=0).nonzero().view(-1)
+
+
+def _last_columns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where prompts end, whichever side the padding of `mask` [batch, tokens] is on: [n]; which of these each has."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * positions).argmax(dim=1).unique(return_inverse=True)
 
 
 def _logits_at(model: nn.Module, inputs: Mapping[str, torch.Tensor], columns: torch.Tensor) -> torch.Tensor:

@@ -10,4 +10,4 @@ ruff check .
 ruff format --check .
 mypy
 # Groups of tests on two processes: they wait for their ranks most of the time.
-pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder "$@"
+pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 25 "$@"

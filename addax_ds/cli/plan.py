@@ -13,8 +13,10 @@ from transformers import PretrainedConfig
 
 from addax_ds.bench.table import Bench
 from addax_ds.config import RunConfig, build, for_method, values_of
+from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
 from addax_ds.plan import check, links, methods, ready
+from addax_ds.plan.batches import LAST_TOKEN, Targets
 from addax_ds.plan.choose import Batch, Choice, choose
 from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.memory import Curve
@@ -54,7 +56,9 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
     run = _addax(config)
     if asked.output is not None and (asked.output / ready.RUN).exists():
         raise UserError(f"{asked.output / ready.RUN} is there already: choose another --output, or remove it")
-    lengths = _lengths(config, asked.tokenizer) if has_data else []
+    examples = _examples(config, asked.tokenizer) if has_data else []
+    lengths = [example.length for example in examples]
+    targets = Targets.of(examples, config.padding) if examples else LAST_TOKEN
     long = max(lengths, default=asked.long)
     context = getattr(shape, "max_position_embeddings", None) or long
     if long > context:
@@ -65,7 +69,7 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
         rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
-        steps = Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long)
+        steps = Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long, targets)
         _plan(asked, steps, lengths)
 
 
@@ -118,19 +122,15 @@ def _addax(config: RunConfig) -> RunConfig:
     return build(RunConfig, {**values_of(config), "method": "addax", "lt": "auto"}, "plan")
 
 
-def _lengths(config: RunConfig, tokenizer: str | None) -> list[int]:
-    """Tokens of each training sample, by the model's tokenizer or another."""
+def _examples(config: RunConfig, tokenizer: str | None) -> list[Example]:
+    """The training samples, in tokens of the model's tokenizer or another."""
     replicated = {"engine": "replicated", "ds_config": None, "replicas": 1, "model": tokenizer or config.model}
     try:
-        prepared = prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan"))
+        return prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan")).train
     except UserError as error:
         if tokenizer is None and config.model in str(error):
             raise UserError(f"{error}: or give --tokenizer, a folder, a hub id or smollm2-135m") from None
         raise
-    bearing = max(len(example.target) for example in prepared.train)
-    if bearing > 1:
-        print(f"targets have up to {bearing} tokens, and the plan's memory is that of one: leave room for their logits")
-    return [example.length for example in prepared.train]
 
 
 def _curve(steps: Steps, batch: Batch, shortest: int) -> Curve:

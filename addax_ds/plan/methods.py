@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from addax_ds.config import BASELINES, RunConfig, build, require, values_of
+from addax_ds.plan.batches import Targets
 from addax_ds.plan.choose import Batch
 from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.memory import Curve
@@ -50,6 +51,7 @@ class Steps:
     """Settings of the engine."""
     batch: Batch
     long: int
+    targets: Targets
 
     @property
     def methods(self) -> list[str]:
@@ -86,7 +88,9 @@ class Steps:
     ) -> "Future[Rehearsal]":
         """A step whose first-order samples are of `short` tokens."""
         ranks = ranks or self.cluster.ranks
-        return self.rehearsals.begin(self.config(method, ranks, **more), ranks, self.long, short, all_layers=all_layers)
+        config = self.config(method, ranks, **more)
+        options = {"all_layers": all_layers, "targets": self.targets}
+        return self.rehearsals.begin(config, ranks, self.long, short, **options)
 
 
 def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from addax_ds.adapters.choose import adapt
 from addax_ds.baselines import Baseline
 from addax_ds.config import RunConfig
 from addax_ds.errors import UserError
-from addax_ds.loss import takes_logits_to_keep
 from addax_ds.optimizer import Addax
 from addax_ds.plan import fsdp
+from addax_ds.plan.batches import LAST_TOKEN, Targets
 from addax_ds.plan.parts import PARTS, by_part
 from addax_ds.plan.stand_ins import fake_ranks, without_numbers
 from addax_ds.plan.tracker import HOST, Tracker
 from addax_ds.shapes import count_of
-from addax_ds.training.models import Optimizer, build_optimizer, checkpoint_activations
+from addax_ds.training.evaluation import placed
+from addax_ds.training.models import Optimizer, accepted, build_optimizer, checkpoint_activations
 from addax_ds.training.world import World
 
 _FEW_LAYERS = 3, 5
@@ -67,9 +67,10 @@ def rehearse(
     short: int,
     all_layers: bool = False,
     *,
+    targets: Targets = LAST_TOKEN,
     offload: bool = False,
 ) -> Rehearsal:
-    """A step of a run on `ranks` ranks, whose batches are `long` and `short` tokens wide.
+    """A step of a run on `ranks` ranks, whose batches are `long` and `short` tokens wide, with such targets.
 
     Rehearsed with few layers, and extrapolated, unless with `all_layers`. offload: FSDP2's shards are
     on the host, as by `addax_ds.shard(model, mesh, offload_policy=CPUOffloadPolicy())`; of ZeRO-3's
@@ -78,8 +79,8 @@ def rehearse(
     _refuse(config, offload)
     layers, few = shape.num_hidden_layers, _few_layers(shape, config)
     if all_layers or layers <= few[1]:
-        return _rehearse(shape, config, ranks, long, short, offload)
-    first, second = (_rehearse(with_layers(shape, n), config, ranks, long, short, offload) for n in few)
+        return _rehearse(shape, config, ranks, long, short, targets, offload)
+    first, second = (_rehearse(with_layers(shape, n), config, ranks, long, short, targets, offload) for n in few)
 
     def at_all(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
         slope = {key: (b.get(key, 0) - a.get(key, 0)) / (few[1] - few[0]) for key in {**a, **b}}
@@ -132,12 +133,12 @@ def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def _rehearse(
-    shape: PretrainedConfig, config: RunConfig, ranks: int, long: int, short: int, offload: bool
+    shape: PretrainedConfig, config: RunConfig, ranks: int, long: int, short: int, targets: Targets, offload: bool
 ) -> Rehearsal:
     fake, tracker, world = FakeTensorMode(), Tracker("weights"), World(0, 0, ranks, torch.device("cpu"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_ranks(ranks))
-        stack.enter_context(without_numbers())
+        stack.enter_context(without_numbers(targets))
         if config.engine == "deepspeed":
             from addax_ds.plan import zero3
 
@@ -145,7 +146,7 @@ def _rehearse(
         stack.enter_context(by_part(tracker, config, offload, fake))
         stack.enter_context(fake)
         stack.enter_context(tracker)
-        return a_step(shape, config, world, long, short, tracker, offload)
+        return a_step(shape, config, world, long, short, tracker, targets, offload)
 
 
 def a_step(
@@ -155,19 +156,24 @@ def a_step(
     long: int,
     short: int,
     tracker: Tracker,
+    targets: Targets,
     offload: bool = False,
 ) -> Rehearsal:
     """What the tracker sees of a step of a run with random weights, once all steps are alike."""
     with fsdp.offloaded() if offload else contextlib.nullcontext():
-        taking = build_optimizer(_model(shape, config), config, world)
-    zo = _micro_batches(config.k0, config.zo_micro_batch, long, shape.vocab_size)
-    fo = _micro_batches(config.k1, config.fo_micro_batch, short, shape.vocab_size)
+        model = _model(shape, config)
+        inputs = accepted(model)
+        taking = build_optimizer(model, config, world)
+        del model  # as it was before its weights were sharded
+    zo = targets.micro_batches(config.k0, config.zo_micro_batch, long, shape.vocab_size)
+    fo = targets.micro_batches(config.k1, config.fo_micro_batch, short, shape.vocab_size)
+    zo, fo = ([placed(batch, inputs, world.device) for batch in batches] for batches in (zo, fo))
     with tracker.within("first-order forward"):
         # The first builds what later steps keep; in the second DeepSpeed's ranks compare what they have noted of it.
         for _ in range(3 if config.engine == "deepspeed" else 2):
-            gc.collect()  # of the model as it was before its weights were sharded
+            gc.collect()
             tracker.begin()
-            taking.train_step(zo, fo, last_token_loss)
+            taking.train_step(zo, fo, targets.loss_fn)
     _let_go(taking)
     moments = {moment: {part: float(held[part]) for part in PARTS} for moment, held in tracker.peaks.items()}
     return Rehearsal(moments, {**tracker.collectives}, {**tracker.received}, tracker.flops, tracker.most_on_host)
@@ -184,22 +190,3 @@ def _model(shape: PretrainedConfig, config: RunConfig) -> nn.Module:
     if config.activation_checkpointing:
         checkpoint_activations(model)
     return model if config.adapter is None else adapt(model, config.adapter, None, config.seed)
-
-
-def _micro_batches(samples: int, size: int, tokens: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches as they are where samples differ in length: all with padding, and so with a mask."""
-    generator, batches = torch.Generator().manual_seed(0), []
-    for first in range(0, samples, size):
-        count = min(size, samples - first)
-        mask = torch.ones(count, tokens, dtype=torch.int64)
-        mask[:, -1] = 0
-        ids = torch.randint(vocabulary, (count, tokens), generator=generator)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0]})
-    return batches
-
-
-def last_token_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy of a token after each sample, as a label word has it: [batch]."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    kept = {"use_cache": False, "logits_to_keep": 1} if takes_logits_to_keep(model) else {}
-    return cross_entropy(model(**inputs, **kept).logits[:, -1].float(), batch["labels"], reduction="none")

@@ -16,12 +16,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.functional import embedding
 
-from addax_ds import baselines, optimizer
+from addax_ds import baselines, loss, optimizer
 from addax_ds.core import kernels, lanes
 from addax_ds.core.scalars import Scalars
 from addax_ds.engines import fsdp
 from addax_ds.engines.base import Engine, ShardedEngine
 from addax_ds.errors import UserError
+from addax_ds.plan.batches import Targets
 from addax_ds.training import models
 
 Replacement = tuple[Any, str, Any]
@@ -51,8 +52,8 @@ def fake_ranks(ranks: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_numbers() -> Iterator[None]:
-    """Stand-ins for what reads numbers."""
+def without_numbers(targets: Targets) -> Iterator[None]:
+    """Stand-ins for what reads numbers, with batches of such targets."""
 
     def outside(function: Callable) -> Callable:
         """The function on real tensors: of meshes, which are not part of a step."""
@@ -62,6 +63,12 @@ def without_numbers() -> Iterator[None]:
                 return function(*args, **kwargs)
 
         return run
+
+    def target_columns(labels: torch.Tensor) -> torch.Tensor:
+        return torch.arange(targets.columns(len(labels), labels.shape[1] + 1))  # they come without the first token's
+
+    def last_columns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(targets.columns(*mask.shape)), torch.zeros(len(mask), dtype=torch.int64)
 
     def to(module: nn.Module, *where: Any, **wanted: Any) -> nn.Module:
         # All is on one device, and fake parameters cannot be put in place of others.
@@ -74,6 +81,8 @@ def without_numbers() -> Iterator[None]:
         (baselines, "Scalars", _Scalars),
         (optimizer, "fingerprint", lambda _: 0),
         (baselines, "fingerprint", lambda _: 0),
+        (loss, "_target_columns", target_columns),
+        (loss, "_last_columns", last_columns),
         (optimizer.Addax, "_check_batches_agree", lambda *_: None),
         (Engine, "check_reached", lambda *_: None),
         (Engine, "agree", lambda _, path, failed: (path, failed)),

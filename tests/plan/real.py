@@ -15,7 +15,9 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
 from addax_ds.config import RunConfig, build
 from addax_ds.core.moved import LINEAR
-from addax_ds.plan.rehearse import Rehearsal, a_step, by_part, rehearse
+from addax_ds.plan.batches import LAST_TOKEN, Targets
+from addax_ds.plan.parts import by_part
+from addax_ds.plan.rehearse import Rehearsal, a_step, rehearse
 from addax_ds.plan.tracker import Tracker, work_of
 from addax_ds.shapes import shape_of
 from addax_ds.training.world import World as RunWorld
@@ -95,12 +97,14 @@ class OnRanks(Tracker):
         return *tree_map_only(torch.Tensor, lambda copy: originals[id(copy)][0], out[:-1]), over
 
 
-def measured(shape: PretrainedConfig, config: RunConfig, long: int, short: int, offload: bool = False) -> Rehearsal:
+def measured(
+    shape: PretrainedConfig, config: RunConfig, long: int, short: int, targets: Targets, offload: bool
+) -> Rehearsal:
     """The same step with real tensors, on real ranks."""
     tracker = OnRanks("weights")
     world = RunWorld(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
     with by_part(tracker, config, offload), own_linear(config), tracker:
-        return a_step(shape, config, world, long, short, tracker, offload)
+        return a_step(shape, config, world, long, short, tracker, targets, offload)
 
 
 def own_linear(config: RunConfig) -> contextlib.AbstractContextManager:
@@ -113,12 +117,22 @@ def own_linear(config: RunConfig) -> contextlib.AbstractContextManager:
 
 
 def compare(
-    record, world: World, method: str, shape: str, long: int, short: int, offload: bool = False, **more
+    record,
+    world: World,
+    method: str,
+    shape: str,
+    long: int,
+    short: int,
+    *,
+    targets: Targets = LAST_TOKEN,
+    offload: bool = False,
+    **more,
 ) -> Rehearsal:
     """The rehearsal of a step, held against the real one; `record` is pytest's `record_property`."""
     config = run_of(method, world.size, **more)
-    planned = rehearse(SHAPES[shape](), config, world.size, long, short, offload=offload)
-    real = world.run(measured, shape=SHAPES[shape](), config=config, long=long, short=short, offload=offload)[0]
+    options = {"targets": targets, "offload": offload}
+    planned = rehearse(SHAPES[shape](), config, world.size, long, short, **options)
+    real = world.run(measured, shape=SHAPES[shape](), config=config, long=long, short=short, **options)[0]
     engine = "fsdp" if config.engine == "fsdp" else "zero3"
     sizes = f"{config.zo_micro_batch} x {long}, {config.fo_micro_batch} x {short}, {config.dtype}"
     figures = f"{planned.peak / 1e6:7.1f} MB, measured {real.peak / 1e6:7.1f}, {planned.peak / real.peak - 1:+.2%}"

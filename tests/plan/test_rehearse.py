@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from addax_ds.errors import UserError
+from addax_ds.plan.batches import Targets
 from addax_ds.plan.rehearse import rehearse
 from addax_ds.shapes import shape_of
 from tests.plan.real import compare, run_of, small_llama, under_zero
@@ -84,6 +85,21 @@ def test_so_it_is_under_zero_3(record_property, world: World, tmp_path, method, 
 def test_so_it_is_with_weights_on_the_host(record_property, world: World, method, more):
     planned = compare(record_property, world, method, "llama", 256, 64, offload=True, **more)
     assert planned.host > 0
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "targets"),
+    [
+        (2, "addax", Targets(tokens=9, scattered=True)),
+        (2, "adamw", Targets(tokens=2, words=3)),
+        (1, "ip-sgd", Targets(words=2, scattered=True)),
+    ],
+    indirect=["world"],
+)
+def test_so_it_is_with_targets_of_several_tokens_and_words(record_property, world: World, method, targets):
+    of_one = rehearse(small_llama(), run_of(method, world.size), world.size, 128, 128)
+    planned = compare(record_property, world, method, "llama", 128, 128, targets=targets)
+    assert planned.peak > 1.01 * of_one.peak or targets.tokens == 1
 
 
 @pytest.mark.parametrize(
