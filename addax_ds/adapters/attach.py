@@ -1,6 +1,7 @@
 """Adapters put into a model, told apart from its backbone, and merged into it."""
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,12 +82,18 @@ def merge(model: nn.Module) -> None:
 
     y = x W + b becomes y (I + A) + a = x W (I + A) + b (I + A) + a. Raises `UserError`, with the model
     as it was, where no weight is equal to it: with an activation between the layers of an adapter,
-    and with biases behind a projection that has none.
+    with biases behind a projection that has none, and where the projection's weights are another module's, too.
     """
     found = list(adapted(model))
     if not found:
         raise UserError("the model has no adapters: nothing is to be merged")
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, module in found:
+        if any(holders[id(parameter)] > 1 for parameter in module.base_layer.parameters()):
+            raise UserError(
+                f"{path} shares its weights with another module, which a merge would change, too: keep the adapter "
+                "beside the model, or untie them"
+            )
         activation = module.adapter.activation
         if activation != "none":
             raise UserError(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def load_adapters(model: nn.Module, folder: Path) -> TensorTrainConfig:
         raise UserError(f"{folder}: these are no tensor-train adapters: load them with peft")
     base_model, digest = settings.pop("base_model_name_or_path", "another"), settings.pop("backbone_digest", "")
     if digest != whole_backbone_digest(model):
-        raise UserError(f"{folder}: they belong to the backbone {base_model}, and this model has other weights")
+        raise UserError(another_backbone(folder, base_model))
     config: TensorTrainConfig = build(TensorTrainConfig, settings, str(folder / CONFIG))
     try:
         weights = load_file(folder / WEIGHTS)
@@ -83,6 +84,12 @@ def load_adapters(model: nn.Module, folder: Path) -> TensorTrainConfig:
             parameter.copy_(weights[name])
     put(model, adapters)
     return config
+
+
+def another_backbone(folder: Path, base_model: Any) -> str:
+    """What is wrong with adapters of a folder, in a line whatever name their settings give."""
+    name = shorten(str(base_model), 100, placeholder="...")
+    return f"{folder}: they belong to the backbone {name}, and this model has other weights"
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from addax_ds.adapters.files import CONFIG, WEIGHTS, read_adapter_config, whole_backbone_digest
+from addax_ds.adapters.files import CONFIG, WEIGHTS, another_backbone, read_adapter_config, whole_backbone_digest
 from addax_ds.config import LoraConfig, PrefixConfig
 from addax_ds.core.shard import Shard
 from addax_ds.errors import UserError
@@ -112,8 +112,7 @@ def load(model: nn.Module, config: LoraConfig | PrefixConfig, folder: Path) -> n
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): restore it") from None
     if digest not in (None, whole_backbone_digest(model)):  # none where peft itself has written them
-        base_model = there.get("base_model_name_or_path")
-        raise UserError(f"{folder}: they belong to the backbone {base_model}, and this model has other weights")
+        raise UserError(another_backbone(folder, there.get("base_model_name_or_path")))
     wrapped: Any = add(model, config)
     _check_settings(there, _settings(wrapped).to_dict(), folder)
     trained = {name: p.detach() for name, p in wrapped.named_parameters() if p.requires_grad}

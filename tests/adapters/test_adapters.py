@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     OPTConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -76,6 +77,19 @@ def test_two_adapters_a_block_and_a_model_that_is_what_it_was(kind):
     assert torch.equal(forward(model), before)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_weights(model))
     assert not torch.equal(forward(moved(model)), before)
+
+
+def test_patterns_place_them_in_a_model_of_any_make():
+    model = AutoModelForCausalLM.from_config(
+        PhiConfig(**{k: v for k, v in LIKE_LLAMA.items() if k != "head_dim"})
+    ).eval()
+    with pytest.raises(UserError, match="where adapters go in a phi is not known: name projections in modules"):
+        add_adapters(model, CONFIG)
+    before = forward(model)
+    add_adapters(model, TensorTrainConfig(bottleneck=8, rank=2, modules=("*.self_attn.dense", "*.mlp.fc2")))
+    paths = {f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.dense", "mlp.fc2")}
+    assert {path for path, _ in adapted(model)} == paths
+    assert torch.equal(forward(model), before) and not torch.equal(forward(moved(model)), before)
 
 
 def test_an_adapter_is_what_the_paper_says():
@@ -189,6 +203,11 @@ def test_another_backbone_is_refused(folder):
     for model in (other, make("qwen2")):
         with pytest.raises(UserError, match="belong to the backbone tiny, and this model has other weights"):
             load_adapters(model, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "tiny\n" * 200}))
+    with pytest.raises(UserError, match=r"belong to the backbone tiny tiny .*, and this model") as refused:
+        load_adapters(other, folder)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -263,6 +282,17 @@ def test_linear_adapters_merge(kind):
     merge(merged)
     assert [name for name, _ in merged.named_parameters()] == names
     torch.testing.assert_close(forward(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_two_modules_are_not_merged_into():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**LIKE_LLAMA, tie_word_embeddings=True)).eval()
+    settings = {"bottleneck": 8, "rank": 2, "activation": "none", "bias": False}
+    add_adapters(model, TensorTrainConfig(modules=("lm_head",), **settings))
+    before = forward(moved(model))
+    with pytest.raises(UserError, match="lm_head shares its weights with another module"):
+        merge(model)
+    assert torch.equal(forward(model), before)
 
 
 def test_what_cannot_be_merged_is_refused():

@@ -7,11 +7,10 @@ import pytest
 
 from addax_ds.config import RunConfig, TaskConfig, load_run
 from addax_ds.config.task import SPLITS
-from addax_ds.data import sources
 from addax_ds.data.batches import collate_choices, micro_batches
 from addax_ds.data.embedded import EMBEDDED_DATA
 from addax_ds.data.named_tasks import HUB_TASKS, named_task
-from addax_ds.data.sources import held_out_beside, load_records
+from addax_ds.data.sources import held_out_beside
 from addax_ds.data.tasks import encode
 from addax_ds.errors import UserError
 from addax_ds.training.metrics import read_json
@@ -246,23 +245,35 @@ def test_multiple_choice_trains_on_the_right_answer_alone(tokenizer):
     assert (batch["labels"] >= 0).sum() == sum(len(example.target) for example in examples)
 
 
-def test_a_name_asks_the_hub_for_its_dataset_and_both_splits(monkeypatch):
+DATASETS = {
+    "sst2": ("nyu-mll/glue", "sst2"),
+    **{name: ("aps/super_glue", name) for name in ("rte", "cb", "boolq", "wic", "multirc", "copa", "record")},
+    "wsc": ("aps/super_glue", "wsc.fixed"),
+    "squad": ("rajpurkar/squad", None),
+    "drop": ("ucinlp/drop", None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_name_asks_the_hub_for_its_dataset_and_both_splits(tiny, model, monkeypatch, name):
     import datasets
 
     asked = []
 
     def load_dataset(*words, **options):
         asked.append((words, options))
-        return [CASES["rte"][0]]
+        return many(name, 24 if options["split"] == "train" else 9)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_records("rte") == ([CASES["rte"][0]], "rte")
-    assert load_records(held_out_beside("rte"))[1] == "rte"
-    assert asked == [
-        (("aps/super_glue", "rte"), {"split": "train"}),
-        (("aps/super_glue", "rte"), {"split": "validation"}),
-    ]
-    assert held_out_beside("movies") is None and sources.held_out_beside("data.jsonl") is None
+    settings = [f"data={name}", "task=null", f"model={model}", "train_samples=14", "dev_samples=3", "eval_samples=500"]
+    prepared = prepare_inputs(load_run(str(tiny.run_file), settings))
+    assert asked == [(DATASETS[name], {"split": split}) for split in ("train", "validation")]
+    assert [len(examples) for examples in (prepared.train, prepared.dev, prepared.held_out)] == [14, 3, 9]
+    assert prepared.task == HUB_TASKS[name].task
+
+
+def test_data_without_a_name_bring_no_samples_to_hold_out():
+    assert held_out_beside("movies") is None and held_out_beside("data.jsonl") is None
 
 
 def test_what_is_no_task_or_no_record_of_it_is_one_line():

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from addax_ds.adapters.files import CONFIG, WEIGHTS, load_adapters
+from addax_ds.adapters import load_adapters, merge
+from addax_ds.adapters.files import CONFIG, WEIGHTS
 from addax_ds.config import load_run
 from addax_ds.errors import UserError
 from addax_ds.training.checkpoint import read_manifest
@@ -42,6 +43,22 @@ def test_adapters_are_trained_written_and_scored_again(tiny, tmp_path, kind):
     assert summary["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
     again = run("eval", "out", cwd=tmp_path).check()
     assert json.loads(again.output.splitlines()[-1])["accuracy"] == summary["accuracy_after"]
+
+
+def test_linear_adapters_of_a_run_become_an_ordinary_model(tiny, tmp_path):
+    settings = [*KINDS["tensor-train"], "adapter.activation=none", "adapter.bias=false", "lr=0.05"]
+    run("train", tiny.run_file, *settings, "output=out", cwd=tmp_path).check()
+    model = AutoModelForCausalLM.from_pretrained(tiny.model).eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        untrained = model(ids).logits
+        load_adapters(model, tmp_path / "out" / "adapter")
+        trained = model(ids).logits
+        merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits.detach()
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
+    assert (trained - untrained).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
@@ -210,6 +227,7 @@ DAMAGED = [
     *((kind, name, damage) for kind, damages in ODD.items() for name, damage in damages.items()),
     *((kind, name, damage) for kind in KINDS for name, damage in ODD_TENSORS.items()),
     *((kind, "another backbone", a_backbone_of_another) for kind in ("lora", "prefix")),
+    ("tensor-train", "another backbone", with_settings(backbone_digest="0" * 32, base_model_name_or_path="a\nb" * 99)),
 ]
 
 
@@ -235,9 +253,15 @@ def test_adapters_come_back_as_they_were_onto_their_backbone_alone(tiny, trained
     )
     other = AutoModelForCausalLM.from_pretrained(tiny.model)
     other.model.norm.weight.data[0] += 0.1
+    shutil.copytree(tiny.model, folder.parent / "other")  # with its tokenizer
     other.save_pretrained(folder.parent / "other")
     with pytest.raises(UserError, match="they belong to the backbone"):
         load_model(str(folder.parent / "other"), config)
+    words = [*KINDS[kind], f"adapter_weights={folder}", f"model={folder.parent / 'other'}"]
+    ended = run("train", tiny.run_file, *words, f"output={folder.parent / 'refused'}", cwd=folder.parent)
+    assert ended.status == 2 and "they belong to the backbone" in ended.error
+    assert len(ended.error.splitlines()) == 1
+    assert not (folder.parent / "refused").exists()
 
 
 def test_adapters_that_are_not_finite_are_not_scored(trained, tmp_path):
