@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.plan.real import compare, under_zero
+from addax_ds.plan.batches import LAST_TOKEN
+from tests.plan.real import SHAPES, compare, measured, run_of, under_zero
 from tests.world import World
 
 BFLOAT16 = {"dtype": "bfloat16"}
@@ -30,3 +31,15 @@ def test_the_plan_of_smollm2_is_what_its_steps_take(
     batches = {"zo_micro_batch": zo[0], "fo_micro_batch": fo[0], "k0": zo[0] * world.size, "k1": fo[0] * world.size}
     settings = {**more, **batches, **(under_zero(tmp_path, {}) if engine == "zero3" else {})}
     compare(record_property, world, method, "smollm2-135m", zo[1], fo[1], **settings)
+
+
+@pytest.mark.parametrize("world", [1], indirect=True)
+def test_adazeta_takes_less_than_an_eighth_of_what_adamw_takes(record_property, world: World):
+    sizes = {"zo_micro_batch": 4, "fo_micro_batch": 4, "k0": 4, "k1": 4}
+    peaks = {}
+    for method in ("adazeta", "adamw"):
+        config = run_of(method, 1, **BFLOAT16, **sizes)
+        case = {"shape": SHAPES["smollm2-135m"](), "config": config, "long": 512, "short": 512}
+        peaks[method] = world.run(measured, **case, targets=LAST_TOKEN, offload=False)[0].peak
+        record_property("measured peak", f"smollm2-135m, 4 x 512 tokens, {method:7} {peaks[method] / 1e6:7.1f} MB")
+    assert 8 * peaks["adazeta"] <= peaks["adamw"]
