@@ -136,7 +136,8 @@ def _examples(config: RunConfig, tokenizer: str | None) -> list[Example]:
 def _curve(steps: Steps, batch: Batch, shortest: int) -> Curve:
     """Addax's memory against L_T."""
     taking = dataclasses.replace(steps, batch=batch)
-    return Curve(lambda length: taking.begin("addax", length), shortest, steps.long)
+    kinks = steps.targets.kinks(batch.fo_micro_batch)
+    return Curve(lambda length: taking.begin("addax", length), shortest, steps.long, kinks=kinks)
 
 
 @contextlib.contextmanager

@@ -20,13 +20,21 @@ class Targets:
     """Label words, of which the right one counts against the others; 0 where a target's own tokens count."""
     scattered: bool = False
     """Whether those of a batch are at places of their own, as on the left of padding."""
+    beyond: int = 0
+    """Tokens by which rows are wider than their sample counts: as of the longest label word beside the right one."""
 
     @classmethod
     def of(cls, examples: Sequence[Example], padding: Side) -> "Targets":
         """Those of the examples, at most."""
-        words = max((len(example.choices) for example in examples if example.contrasted), default=0)
-        bearing = [example.choices if words else (example.target,) for example in examples]
-        return cls(max(len(tokens) for targets in bearing for tokens in targets), words, padding == "right")
+        scattered = padding == "right"
+        if not examples[0].contrasted:
+            return cls(max(len(example.target) for example in examples), scattered=scattered)
+        words = max(len(example.choices) for example in examples)
+        tokens = max(len(word) for example in examples for word in example.choices)
+        # Where each word is one token, its logit follows the prompt, and the word is in no row.
+        ends = [max(map(len, example.choices)) if tokens > 1 else 0 for example in examples]
+        beyond = max(end - len(example.target) for end, example in zip(ends, examples, strict=True))
+        return cls(tokens, words, scattered, beyond)
 
     @property
     def loss_fn(self) -> LossFunction:
@@ -35,17 +43,25 @@ class Targets:
 
     def columns(self, rows: int, width: int) -> int:
         """Places at which some of the rows, `width` tokens wide, need logits."""
-        return min(rows * self.tokens if self.scattered else self.tokens, width - 1)
+        return min(self._apart(rows), width - 1)
+
+    def kinks(self, micro_batch: int) -> list[int]:
+        """Tokens of samples at which a micro-batch's memory begins to grow otherwise: rows are no narrower than their
+        targets, and have room for all of them apart."""
+        return [width - self.beyond for width in (self.tokens + 1, self._apart(micro_batch * self._rows) + 1)]
 
     def micro_batches(self, samples: int, size: int, tokens: int, vocabulary: int) -> list[Batch]:
-        """Micro-batches of at most `size` samples, all padded, and so with a mask: see `data.batches`."""
+        """Micro-batches of at most `size` samples of so many tokens, all padded, and so with a mask.
+
+        Their keys and shapes are those of `data.batches.micro_batches`.
+        """
         generator = torch.Generator().manual_seed(0)
         each = [min(size, samples - first) for first in range(0, samples, size)]
-        return [self._micro_batch(count, max(tokens, self.tokens + 1), vocabulary, generator) for count in each]
+        width = max(tokens + self.beyond, self.tokens + 1)
+        return [self._micro_batch(count, width, vocabulary, generator) for count in each]
 
     def _micro_batch(self, samples: int, width: int, vocabulary: int, generator: torch.Generator) -> Batch:
-        in_rows = self.words > 0 and self.tokens > 1  # for every label word
-        rows = samples * self.words if in_rows else samples
+        rows = samples * self._rows
         ids = torch.randint(vocabulary, (rows, width), generator=generator)
         mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
         for row in range(rows):
@@ -56,10 +72,19 @@ class Targets:
         if not self.words:
             return {**batch, "labels": labels}
         answer = torch.zeros(samples, dtype=torch.int64)
-        if not in_rows:
-            return {**batch, "choices": ids[:, : self.words], "answer": answer}
+        if self._rows == 1:
+            return {**batch, "choices": ids.new_zeros(samples, self.words), "answer": answer}
         batch["labels"] = labels
         return {**{name: tensor.unflatten(0, (samples, -1)) for name, tensor in batch.items()}, "answer": answer}
+
+    @property
+    def _rows(self) -> int:
+        """Of a sample: one, or one for every label word."""
+        return self.words if self.words > 0 and self.tokens > 1 else 1
+
+    def _apart(self, rows: int) -> int:
+        """Places of targets where rows have room for them."""
+        return rows * self.tokens if self.scattered else self.tokens
 
 
 LAST_TOKEN = Targets()

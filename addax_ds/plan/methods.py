@@ -132,7 +132,8 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
     names = [name for name in steps.methods if name != "addax"]
     for name in names:  # beside each other
         of(name, shortest)
-    return {name: Curve(partial(of, name), shortest, steps.long, points=2) for name in names}
+    kinks = steps.targets.kinks(steps.batch.fo_micro_batch)
+    return {name: Curve(partial(of, name), shortest, steps.long, points=2, kinks=kinks) for name in names}
 
 
 def _smallest(steps: Steps, method: str, short: int, enough: list[int]) -> int | None:

@@ -1,5 +1,6 @@
 """Rehearsals beside each other, in processes of their own, and none twice."""
 
+import contextlib
 import gc
 import logging
 import multiprocessing
@@ -41,6 +42,7 @@ class Rehearsals:
         self._processes: set[BaseProcess] = set()
         self._idle: SimpleQueue[tuple[BaseProcess, Connection]] = SimpleQueue()
         self._begun: dict[str, Future[Rehearsal]] = {}
+        self._closing = False
         self.told: Callable[[str], object] = lambda _: None
         """Called, on any thread, with how many are done."""
 
@@ -48,6 +50,7 @@ class Rehearsals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closing = True  # a process that is being started is not among them yet
         for future in self._begun.values():
             future.cancel()
         for process in [*self._processes]:
@@ -67,10 +70,7 @@ class Rehearsals:
         self.told(f"rehearsed {sum(future.done() for future in begun)} steps of {len(begun)} so far")
 
     def _in_a_process(self, config: RunConfig, *layout: int, **options: Any) -> Rehearsal:
-        try:
-            process, connection = self._idle.get_nowait()
-        except Empty:
-            process, connection = self._start()
+        process, connection = self._take()
         try:
             connection.send((config, layout, options))
             told = connection.recv()
@@ -80,7 +80,7 @@ class Rehearsals:
             self._idle.put((process, connection))
             return told
         connection.close()
-        process.terminate()  # a fault may have left threads that wait
+        process.terminate()  # and not at its own end: a fault may have left threads that wait
         process.join()
         self._processes.discard(process)
         if isinstance(told, UserError):
@@ -88,11 +88,22 @@ class Rehearsals:
         assert isinstance(told, Rehearsal)
         return told
 
+    def _take(self) -> tuple[BaseProcess, Connection]:
+        """A process that waits for a rehearsal."""
+        with contextlib.suppress(Empty):
+            while True:
+                process, connection = self._idle.get_nowait()
+                if process.is_alive():
+                    return process, connection
+        return self._start()
+
     def _start(self) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._shape), daemon=True)
         process.start()
         self._processes.add(process)
+        if self._closing:
+            process.terminate()
         theirs.close()
         return process, ours
 

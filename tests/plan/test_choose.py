@@ -48,6 +48,16 @@ def test_memory_at_lengths_between_is_that_of_the_fullest_moment():
     assert curve.at(815) == pytest.approx(max(11 * GIB, 8 * GIB + 4 * (815 * 2**20 + 100 * 815**2)))
 
 
+def test_memory_that_begins_to_grow_otherwise_is_known_on_either_side():
+    def takes(length):
+        return rehearsed(forward=length**2 + 500 * min(length, 120))
+
+    curve = Curve(takes, 10, 1000, kinks=[5, 120, 2000])
+    for length in (10, 60, 120, 121, 130, 500, 1000):
+        assert curve.at(length) == pytest.approx(length**2 + 500 * min(length, 120))
+    assert Curve(takes, 200, 200).at(200) == pytest.approx(200**2 + 500 * 120)
+
+
 def test_lt_is_the_longest_length_of_the_data_whose_batch_fits():
     chosen = choose(LENGTHS, cluster(13), growing, Batch(1, 4))
     assert chosen.batch == Batch(1, 4) and chosen.lt == chosen.fits

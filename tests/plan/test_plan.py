@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from addax_ds.config import RunConfig, build, load_run
 from addax_ds.data.partition import check_pools, partition
 from addax_ds.errors import UserError
+from addax_ds.plan.batches import Targets
 from addax_ds.plan.cluster import RESERVED
 from addax_ds.plan.methods import METHODS
 from addax_ds.plan.rehearsals import Rehearsals
@@ -42,7 +43,7 @@ def planned(*words, cwd, memory=f"{MEMORY}GiB"):
     return done.output, json.loads((cwd / "plan" / "plan.json").read_text())
 
 
-@pytest.mark.timeout(900)  # a dozen rehearsals, each in a process of its own
+@pytest.mark.timeout(900)  # dozens of rehearsals
 def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
     told, tables = planned("--model", model, "--long", "256", "--lt", "32", "--rehearse", cwd=tmp_path)
     assert "2 nodes of 2 GPUs" in told
@@ -76,7 +77,7 @@ def checked(folder, tiny, monkeypatch):
     return config, pools
 
 
-@pytest.mark.timeout(900)  # a dozen rehearsals, each in a process of its own
+@pytest.mark.timeout(900)  # dozens of rehearsals
 def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path, monkeypatch):
     settings = ["dtype=bfloat16", "activation_checkpointing=true"]
     prepared = prepare_inputs(load_run(str(tiny.run_file), [f"model={tiny.model}", *settings]))
@@ -84,7 +85,8 @@ def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path, mon
     wanted = lengths[len(lengths) * 3 // 5]
     sizes = {"engine": "fsdp", "k0": 4, "k1": 16, "zo_micro_batch": 1, "fo_micro_batch": 4}
     config = build(RunConfig, {"dtype": "bfloat16", "activation_checkpointing": True, **sizes}, "test")
-    memory = rehearse(shape_of(str(model)), config, 4, lengths[-1], wanted).peak + RESERVED
+    targets = Targets.of(prepared.train, "right")
+    memory = rehearse(shape_of(str(model)), config, 4, lengths[-1], wanted, targets=targets).peak + RESERVED
 
     words = [tiny.run_file, *settings, "--tokenizer", tiny.model, "--zo-micro-batch", "1", "--model", model]
     told, tables = planned(*words, memory=f"{memory + 1:.0f}", cwd=tmp_path)
@@ -98,7 +100,7 @@ def test_with_data_a_plan_chooses_lt_and_writes_a_run(tiny, model, tmp_path, mon
     assert again.status == 2 and "run.yaml is there already" in again.error
 
 
-@pytest.mark.timeout(900)  # a dozen rehearsals, each in a process of its own
+@pytest.mark.timeout(900)  # dozens of rehearsals
 def test_so_it_does_for_zero_3_with_parameters_on_the_host(tiny, model, tmp_path, monkeypatch):
     words = [tiny.run_file, "--tokenizer", tiny.model, "--zo-micro-batch", "1", "--sharding", "zero3-offload"]
     _, tables = planned(*words, "--model", model, cwd=tmp_path)
@@ -115,6 +117,35 @@ def test_what_a_rehearsal_cannot_do_is_one_line(tmp_path):
     config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
     with Rehearsals(shape, False) as rehearsals, pytest.raises(UserError, match="llama with addax cannot be rehearsed"):
         rehearsals.begin(config, 2, 8, 8).result()
+
+
+def test_a_process_takes_one_rehearsal_after_another_and_tells_how_many_are_done():
+    shape = LlamaConfig(**{**SIZES, "num_hidden_layers": 2})
+    config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
+    told = []
+    with Rehearsals(shape, False) as rehearsals:
+        rehearsals.told = told.append
+        first = rehearsals.begin(config, 2, 8, 8).result()
+        (process,) = rehearsals._processes
+        assert rehearsals.begin(config, 4, 8, 8).result().peak < first.peak
+        assert rehearsals._processes == {process}
+        process.kill()
+        process.join()
+        # One that has died meanwhile is not asked.
+        assert rehearsals.begin(config, 2, 16, 8).result() == rehearse(shape, config, 2, 16, 8)
+    assert told[-1] == "rehearsed 3 steps of 3 so far"
+
+
+def test_a_plan_that_is_left_ends_processes_that_begin():
+    shape = LlamaConfig(**{**SIZES, "num_hidden_layers": 2000})  # minutes
+    config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
+    left = time.monotonic()
+    with Rehearsals(shape, False) as rehearsals:
+        begun = rehearsals.begin(config, 2, 8, 8, all_layers=True)
+        while not begun.running():
+            time.sleep(0.001)
+    assert time.monotonic() - left < 60
+    assert not any(process.is_alive() for process in rehearsals._processes)
 
 
 def test_a_rehearsal_that_is_killed_is_one_line():
