@@ -108,6 +108,8 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200 or l40s.")] = "h100",
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU, such as 80GiB; else of its kind.")] = None,
+    gpu_flops: Annotated[str | None, typer.Option(help="What a GPU computes, such as 989TFLOP/s in bfloat16.")] = None,
+    gpu_bandwidth: Annotated[str | None, typer.Option(help="Of a GPU's own memory, such as 3.35TB/s.")] = None,
     gpu_link: Annotated[str | None, typer.Option(help="What joins GPUs of a node, such as 450GB/s.")] = None,
     node_link: Annotated[str | None, typer.Option(help="What joins nodes, all cards, such as 3200Gbit/s.")] = None,
     sharding: Annotated[str, typer.Option(help="fsdp, hsdp, zero3 or zero3-offload.")] = "fsdp",
@@ -133,8 +135,9 @@ def plan(
     for setting in given:
         if setting.startswith(planned):
             raise UserError(f"{setting}: a plan chooses that: leave it out, and see the options of addax-ds plan")
+    speeds = {"flops": gpu_flops, "bandwidth": gpu_bandwidth, "gpu_link": gpu_link, "node_link": node_link}
     asked = Asked(
-        cluster=Cluster(nodes, gpus_per_node, gpu_of(gpu, gpu_memory, gpu_link, node_link)),
+        cluster=Cluster(nodes, gpus_per_node, gpu_of(gpu, memory=gpu_memory, **speeds)),
         sharding=sharding,
         batch=Batch(zo_micro_batch, fo_micro_batch),
         long=512 if long is None else long,

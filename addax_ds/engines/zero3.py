@@ -127,15 +127,7 @@ class Zero3(ShardedEngine):
     def _reduce(self, name: str, on_gradient: OnGradient) -> Callable[[Any], None]:
         def hook(parameter: Any) -> None:
             gradient, parameter.grad = parameter.grad, None
-            group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel
-            whole = gradient.reshape(-1)
-            padding = size * dist.get_world_size(group) - whole.numel()
-            if padding:
-                whole = nn.functional.pad(whole, (0, padding))
-            part, work = whole, None
-            if dist.get_world_size(group) > 1:
-                part = whole.new_empty(size)
-                work = dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
+            part, whole, work = self._reduce_scatter(parameter, gradient)
             mine = part[: self.shard(name).local.numel()]
             if self._backward != (backward := torch._C._current_graph_task_id()):
                 self._backward, self._reducing = backward, None  # not what a failed backward has left
@@ -145,6 +137,20 @@ class Zero3(ShardedEngine):
             self._reducing = work, whole, lambda: on_gradient(name, mine)
 
         return hook
+
+    def _reduce_scatter(
+        self, parameter: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dist.Work | None]:
+        """This rank's part of the sum, the memory that it is read from, and what to wait for."""
+        group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel
+        whole = gradient.reshape(-1)
+        padding = size * dist.get_world_size(group) - whole.numel()
+        if padding:
+            whole = nn.functional.pad(whole, (0, padding))
+        if dist.get_world_size(group) == 1:
+            return whole, whole, None
+        part = whole.new_empty(size)
+        return part, whole, dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
 
     def _finish_reducing(self) -> None:
         """Apply the gradient whose reduce-scatter ran while the next one was computed."""

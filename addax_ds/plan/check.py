@@ -18,6 +18,10 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     figures = {
         "peak, GiB": (few.peak / 2**30, whole.peak / 2**30),
         "received, GiB": (sum(few.received.values()) / 2**30, sum(whole.received.values()) / 2**30),
+        **{
+            f"by {kind}, GiB": (few.received.get(kind, 0) / 2**30, received / 2**30)
+            for kind, received in whole.received.items()
+        },
     }
     shards = steps.shards(steps.cluster.ranks)
     if shards > 1:

@@ -40,14 +40,16 @@ GPUS = {
 }
 
 
-def gpu_of(kind: str, memory: str | None, gpu_link: str | None, node_link: str | None) -> Gpu:
-    """A kind of GPU by its name, with what is given in place of its own; raises `UserError` for an unknown one."""
+def gpu_of(kind: str, **given: str | None) -> Gpu:
+    """A kind of GPU by its name, with what is given, by field, in place of its own.
+
+    Raises `UserError` for an unknown kind, and for what is no size or speed.
+    """
     if kind.lower() not in GPUS:
         raise UserError(f"gpu {kind}{nearest(kind.lower(), [*GPUS])}")
-    given = {} if memory is None else {"memory": bytes_of(memory)}
-    links = {"gpu_link": gpu_link, "node_link": node_link}
-    speeds = {name: speed_of(text) for name, text in links.items() if text is not None}
-    return dataclasses.replace(GPUS[kind.lower()], **given, **speeds)
+    read = {"memory": bytes_of, "flops": flops_of}
+    values = {name: read.get(name, speed_of)(text) for name, text in given.items() if text is not None}
+    return dataclasses.replace(GPUS[kind.lower()], **values)
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Cluster:
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
         memory = self.gpu.memory
         require(memory > RESERVED, f"gpu_memory is {memory / 2**30:g} GiB: it must be above 2 GiB")
-        for name in ("gpu_link", "node_link"):
-            require(getattr(self.gpu, name) > 0, f"{name} is {getattr(self.gpu, name):g}: it must be above 0")
+        for name, value in dataclasses.asdict(self.gpu).items():
+            require(value > 0, f"{name} is {value:g}: it must be above 0")
 
     @property
     def ranks(self) -> int:
@@ -81,7 +83,8 @@ class Cluster:
 
 
 _SIZES = {"": 1, "GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
-_SPEEDS = {"GB/s": 1e9, "GiB/s": 2**30, "MB/s": 1e6, "Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8}
+_SPEEDS = {"GB/s": 1e9, "GiB/s": 2**30, "TB/s": 1e12, "MB/s": 1e6, "Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8}
+_FLOPS = {"TFLOP/s": 1e12, "PFLOP/s": 1e15}
 
 
 def bytes_of(text: str) -> float:
@@ -92,6 +95,11 @@ def bytes_of(text: str) -> float:
 def speed_of(text: str) -> float:
     """ "400Gbit/s" in bytes per second; raises `UserError` for what is none."""
     return _number(text, _SPEEDS, "a speed such as 400Gbit/s or 50GB/s")
+
+
+def flops_of(text: str) -> float:
+    """ "989TFLOP/s" as a number; raises `UserError` for what is none."""
+    return _number(text, _FLOPS, "a speed such as 989TFLOP/s")
 
 
 def _number(text: str, units: dict[str, float], wanted: str) -> float:

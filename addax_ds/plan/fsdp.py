@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -21,6 +22,7 @@ def parts(offload: bool) -> dict[tuple[Any, str], str]:
     return {
         (FSDPParamGroup, "unshard"): "gathered",
         (FSDPParamGroup, "wait_for_unshard"): "gathered",
+        (_fsdp_param_group, "foreach_reduce"): "reduced gradients",
         (torch.optim.SGD, "step"): states,
         (torch.optim.AdamW, "step"): states,
     }

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from addax_ds.config import BASELINES, RunConfig, build, require, values_of
 from addax_ds.plan.batches import Targets
 from addax_ds.plan.choose import Batch
-from addax_ds.plan.cluster import Cluster
+from addax_ds.plan.cluster import RESERVED, Cluster
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearsals import Rehearsals
@@ -96,6 +96,8 @@ class Steps:
 def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     """A row a method: GiB of each GPU by part, whether they fit, on how many they would, GiB received, seconds.
 
+    The peak is of torch's memory, without the overhead.
+
     Addax takes samples of at most `lt` tokens first-order; the others take all as they come.
     """
     require(steps.long >= 1 and lt >= 1, f"long is {steps.long} and lt {lt}: they must be 1 or more")
@@ -117,6 +119,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
             "GPUs at least": _smallest(steps, name, short[name], enough[name]),
             "peak": step.peak / 2**30,
             **{part: step.parts[part] / 2**30 for part in PARTS},
+            "overhead": RESERVED / 2**30,
             **({"on each node": step.host * steps.cluster.gpus_per_node / 2**30} if offloaded else {}),
             "received": sum(step.received.values()) / 2**30,
             "seconds": seconds.step,

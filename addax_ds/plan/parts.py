@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from addax_ds import loss
 from addax_ds.config import RunConfig
 from addax_ds.core import guest, kernels, lanes, moved
 from addax_ds.core.scratch import Scratch
@@ -13,8 +14,12 @@ from addax_ds.plan import fsdp
 from addax_ds.plan.stand_ins import replaced
 from addax_ds.plan.tracker import HOST, Tracker
 
-PARTS = ("weights", "gathered", "perturbed copies", "zeroth-order forwards", "first-order forward", "backward")
-"""What bytes of a GPU are for. "weights" are the shards, with an optimizer's states."""
+PARTS = (
+    *("weights", "gathered", "perturbed copies", "zeroth-order forwards", "first-order forward", "logits"),
+    *("backward", "reduced gradients"),
+)
+"""What bytes of a GPU are for. "weights" are the shards, with an optimizer's states; "logits" are theirs once they are
+there, and what the loss makes of them; "reduced gradients" are reductions' own buffers and what they leave."""
 
 Parts = dict[tuple[Any, str], str]
 """By owner and name of a function, what it allocates for."""
@@ -63,6 +68,17 @@ def by_part(
                 gradient = there.float()  # as the CPU's kernel takes it
         run_update(local, start, gradient, *args)
 
+    def logits_at(*args: Any) -> torch.Tensor:
+        logits = run_logits_at(*args)
+        tracker.move(logits, "logits")
+        return logits
+
+    def cross_entropy(scores: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tracker.move(scores, "logits")
+        with tracker.within("logits"):
+            return run_cross_entropy(scores, *args, **kwargs)
+
+    run_logits_at, run_cross_entropy = loss._logits_at, loss.cross_entropy
     run_guest, move, run_update = guest.HostSettings.run, torch.Tensor.to, kernels.update
     if config.engine == "deepspeed":
         from addax_ds.plan import zero3
@@ -73,5 +89,6 @@ def by_part(
     parts = {**_PARTS, **of_engine}
     named = [(owner, name, counted(part, getattr(owner, name))) for (owner, name), part in parts.items()]
     everywhere = [(guest.HostSettings, "run", in_guest), (torch.Tensor, "to", to), (kernels, "update", update)]
+    everywhere += [(loss, "_logits_at", logits_at), (loss, "cross_entropy", cross_entropy)]
     with replaced([*named, *on_host, *everywhere]), tracker.lifetimes():
         yield

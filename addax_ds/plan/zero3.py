@@ -36,13 +36,18 @@ PARTS: dict[tuple[Any, str], str] = {
     (PartitionedParameterCoordinator, "fetch_sub_module"): "gathered",
     (Zero3, "prefetch"): "gathered",
     (Zero3, "_wait"): "gathered",
+    (Zero3, "_reduce_scatter"): "reduced gradients",
+    (stage3.DeepSpeedZeroOptimizer_Stage3, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"): (
+        "reduced gradients"
+    ),
     (stage3.DeepSpeedZeroOptimizer_Stage3, "step"): "weights",
 }
 """By owner and name of a function, what it allocates for."""
 
 
 def on_host(tracker: Tracker) -> list[Replacement]:
-    """Has the tracker know shards that are offloaded, and copies that hpZ keeps beside shards."""
+    """Has the tracker know shards that are offloaded, copies that hpZ keeps beside shards, and what the optimizer keeps
+    for gradients."""
 
     def partition_param(init: Any, parameter: Any, *args: Any, **kwargs: Any) -> None:
         is_new = parameter.ds_tensor is None
@@ -55,8 +60,20 @@ def on_host(tracker: Tracker) -> list[Replacement]:
         with tracker.within(HOST if init.remote_device == OffloadDeviceEnum.cpu else "weights"):
             partition_secondary(init, *args, **kwargs)
 
+    def set_up(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        run_set_up(optimizer, *args, **kwargs)
+        buckets = [bucket.buffer for bucket in optimizer.ipg_buckets.values()]
+        for buffer in [*buckets, optimizer.grad_partitions_flat_buffer]:
+            if buffer is not None:
+                tracker.move(buffer, "reduced gradients")
+
+    run_set_up = stage3.DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer
     partition, partition_secondary = Init._partition_param, Init._partition_param_sec
-    return [(Init, "_partition_param", partition_param), (Init, "_partition_param_sec", keep_copy)]
+    return [
+        (Init, "_partition_param", partition_param),
+        (Init, "_partition_param_sec", keep_copy),
+        (stage3.DeepSpeedZeroOptimizer_Stage3, "_setup_for_real_optimizer", set_up),
+    ]
 
 
 def refuse(config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """L_T, batches, seconds and files of a plan, from memory and counts that are made up."""
 
+import dataclasses
 from concurrent.futures import Future
 
 import pytest
@@ -9,7 +10,7 @@ from addax_ds.data.partition import partition
 from addax_ds.errors import UserError
 from addax_ds.plan import ready
 from addax_ds.plan.choose import Batch, choose
-from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, gpu_of, speed_of
+from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, flops_of, gpu_of, speed_of
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.padding import padding_of
 from addax_ds.plan.rehearse import Rehearsal
@@ -38,7 +39,7 @@ def growing(batch, between=3 * GIB):
 
 
 def cluster(gib, nodes=2):
-    return Cluster(nodes, 2, gpu_of("h100", f"{gib}GiB", None, None))
+    return Cluster(nodes, 2, gpu_of("h100", memory=f"{gib}GiB"))
 
 
 def test_memory_at_lengths_between_is_that_of_the_fullest_moment():
@@ -107,9 +108,9 @@ def test_seconds_are_those_of_the_slower_of_computing_and_receiving():
     # Both points of each weight, read once and written once at half the memory's speed each.
     assert seconds.perturbing == pytest.approx(2 * 140e9 / (3.35e12 / 2 * DRAWN["normal"]))
     assert seconds.step == seconds.computing + seconds.perturbing
-    slow = Cluster(2, 8, gpu_of("h100", None, None, "10Gbit/s"))
+    slow = Cluster(2, 8, gpu_of("h100", node_link="10Gbit/s"))
     assert estimate(step, config, slow, weights=140e9).step == pytest.approx(300 / 1.25 / CARRIED)
-    one_node = Cluster(1, 8, gpu_of("h100", None, None, "10Gbit/s"))
+    one_node = Cluster(1, 8, gpu_of("h100", node_link="10Gbit/s"))
     assert estimate(step, config, one_node, weights=140e9).receiving == pytest.approx(300 / 450 / CARRIED)
 
 
@@ -163,6 +164,16 @@ def test_other_sizes_are_refused(text):
 @pytest.mark.parametrize(("text", "speed"), [("400Gbit/s", 50e9), ("25 GB/s", 25e9), ("100Mbit/s", 12.5e6)])
 def test_speeds_are_read(text, speed):
     assert speed_of(text) == speed
+
+
+def test_what_is_given_stands_in_place_of_the_datasheet():
+    gpu = gpu_of("H100", flops="0.5 PFLOP/s", bandwidth="2TB/s", gpu_link=None)
+    assert gpu == dataclasses.replace(GPUS["h100"], flops=5e14, bandwidth=2e12)
+    assert flops_of("989TFLOP/s") == 989e12
+    with pytest.raises(UserError, match="989: give a speed such as 989TFLOP/s"):
+        gpu_of("h100", flops="989")
+    with pytest.raises(UserError, match="flops is 0: it must be above 0"):
+        Cluster(1, 1, gpu_of("h100", flops="0TFLOP/s"))
 
 
 @pytest.mark.parametrize("text", ["400", "400GB", "fast"])

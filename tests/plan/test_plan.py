@@ -12,6 +12,7 @@ from addax_ds.errors import UserError
 from addax_ds.plan.batches import Targets
 from addax_ds.plan.cluster import RESERVED
 from addax_ds.plan.methods import METHODS
+from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearsals import Rehearsals
 from addax_ds.plan.rehearse import rehearse
 from addax_ds.shapes import shape_of
@@ -50,6 +51,7 @@ def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
     rows = {row["method"]: row for row in tables["methods"]}
     assert set(rows) == {"addax", "mezo", "adamw"}
     for row in rows.values():
+        assert sum(row[part] for part in PARTS) == pytest.approx(row["peak"]) and row["overhead"] == 2
         assert row["fits"] == ("yes" if row["peak"] <= MEMORY - 2 else "no")
         enough = row["GPUs at least"]
         assert enough is None or row["fits"] == "yes" or enough > 4
@@ -64,6 +66,8 @@ def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
     whole = {row["figure"]: row for row in tables["rehearsal"]}
     assert whole["peak, GiB"]["planned"] == pytest.approx(whole["peak, GiB"]["rehearsed"], rel=0.01)
     assert whole["model sizes received"]["rehearsed"] == pytest.approx(3, rel=0.01)
+    by_kind = [row["rehearsed"] for figure, row in whole.items() if figure.startswith("by ")]
+    assert sum(by_kind) == pytest.approx(whole["received, GiB"]["rehearsed"]) and len(by_kind) == 3
 
 
 def checked(folder, tiny, monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 from addax_ds.errors import UserError
 from addax_ds.plan.batches import Targets
 from addax_ds.plan.memory import Curve
-from addax_ds.plan.rehearse import rehearse
-from addax_ds.shapes import shape_of
+from addax_ds.plan.rehearse import rehearse, with_layers
+from addax_ds.shapes import count_of, shape_of
 from tests.plan.real import compare, run_of, small_llama, under_zero
 from tests.world import World
 
@@ -101,6 +101,9 @@ def test_so_it_is_with_targets_of_several_tokens_and_words(record_property, worl
     of_one = rehearse(small_llama(), run_of(method, world.size), world.size, 128, 128)
     planned = compare(record_property, world, method, "llama", 128, 128, targets=targets)
     assert planned.peak > 1.01 * of_one.peak
+    # Logits of all places, and at least as much once more as the loss is taken of them.
+    columns = targets.columns(2 * max(targets.words, 1), 128) * 2 * max(targets.words, 1)
+    assert max(parts["logits"] for parts in planned.moments.values()) >= 2 * columns * 6000 * 4
 
 
 @pytest.mark.parametrize("world", [1], indirect=True)
@@ -167,6 +170,8 @@ def test_a_mixed_step_of_16_ranks_receives_three_model_sizes(model, billions):
     assert sum(step.received.values()) == pytest.approx(3 * size, rel=0.05)
     assert step.collectives["_allgather_base_"] == 2 * step.collectives["_reduce_scatter_base_"]
     assert step.collectives["allreduce_"] == 1
+    a_block = count_of(with_layers(shape, 2)) - count_of(with_layers(shape, 1))
+    assert max(parts["reduced gradients"] for parts in step.moments.values()) >= 2 * a_block
     shard = 2e9 * billions / 16
     assert shard <= step.parts["weights"] <= 1.01 * shard + 1e6
 
