@@ -1,7 +1,9 @@
 """Rehearsals held against the same steps of real ranks."""
 
 import contextlib
+import itertools
 import json
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeWork
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
@@ -105,6 +108,19 @@ def measured(
     world = RunWorld(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
     with by_part(tracker, config, offload), own_linear(config), tracker:
         return a_step(shape, config, world, long, short, tracker, targets, offload)
+
+
+def allocated(shape: PretrainedConfig, config: RunConfig, long: int, short: int) -> int:
+    """Bytes at most in the same step by the count of torch's allocator, which sees this thread's alone: not guests'."""
+    tracker, begun = Tracker("weights"), []
+    tracker.begin = lambda: begun.append(time.time_ns())
+    world = RunWorld(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
+    with own_linear(config), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as noted:
+        a_step(shape, config, world, long, short, tracker, LAST_TOKEN)
+    events = noted.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = itertools.accumulate(change for _, change in changes)
+    return max(size for (at, _), size in zip(changes, held, strict=True) if at >= begun[-1])
 
 
 def own_linear(config: RunConfig) -> contextlib.AbstractContextManager:
