@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
@@ -187,13 +188,13 @@ def test_methods_are_compared_and_what_is_done_is_not_run_again(tiny, tmp_path):
 
 def asked_to_end_in_the_second_run() -> None:
     """What a scheduler that takes the machine back asks of the comparison alone."""
-    begin, begun = subprocess.Popen, []
+    begin, numbers = subprocess.Popen, itertools.count(1)
 
     def beginning(*words, **options):
-        begun.append(begin(*words, **options))
-        if len(begun) == 2:
+        process = begin(*words, **options)  # by more than one thread at a time
+        if next(numbers) == 2:
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return begun[-1]
+        return process
 
     subprocess.Popen = beginning
 

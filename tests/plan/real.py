@@ -26,6 +26,9 @@ from addax_ds.shapes import shape_of
 from addax_ds.training.world import World as RunWorld
 from tests.world import World
 
+STEP_SECONDS = 600.0
+"""What ranks get for a few steps: four of them with 30 blocks on two cores that others use, too, want minutes."""
+
 METHODS = {
     "addax": {"method": "addax", "alpha": 1e-3},
     "mezo": {"method": "mezo"},
@@ -148,7 +151,8 @@ def compare(
     config = run_of(method, world.size, **more)
     options = {"targets": targets, "offload": offload}
     planned = rehearse(SHAPES[shape](), config, world.size, long, short, **options)
-    real = world.run(measured, shape=SHAPES[shape](), config=config, long=long, short=short, **options)[0]
+    step = {"shape": SHAPES[shape](), "config": config, "long": long, "short": short, **options}
+    real = world.run(measured, seconds=STEP_SECONDS, **step)[0]
     engine = "fsdp" if config.engine == "fsdp" else "zero3"
     sizes = f"{config.zo_micro_batch} x {long}, {config.fo_micro_batch} x {short}, {config.dtype}"
     figures = f"{planned.peak / 1e6:7.1f} MB, measured {real.peak / 1e6:7.1f}, {planned.peak / real.peak - 1:+.2%}"

@@ -3,8 +3,10 @@
 import pytest
 
 from addax_ds.plan.batches import LAST_TOKEN
-from tests.plan.real import SHAPES, compare, measured, run_of, under_zero
+from tests.plan.real import SHAPES, STEP_SECONDS, compare, measured, run_of, under_zero
 from tests.world import World
+
+pytestmark = pytest.mark.timeout(2 * STEP_SECONDS)
 
 BFLOAT16 = {"dtype": "bfloat16"}
 POINTS = [
@@ -40,6 +42,7 @@ def test_adazeta_takes_less_than_an_eighth_of_what_adamw_takes(record_property, 
     for method in ("adazeta", "adamw"):
         config = run_of(method, 1, **BFLOAT16, **sizes)
         case = {"shape": SHAPES["smollm2-135m"](), "config": config, "long": 512, "short": 512}
-        peaks[method] = world.run(measured, **case, targets=LAST_TOKEN, offload=False)[0].peak
+        case |= {"targets": LAST_TOKEN, "offload": False}
+        peaks[method] = world.run(measured, seconds=STEP_SECONDS, **case)[0].peak
         record_property("measured peak", f"smollm2-135m, 4 x 512 tokens, {method:7} {peaks[method] / 1e6:7.1f} MB")
     assert 8 * peaks["adazeta"] <= peaks["adamw"]
