@@ -105,8 +105,9 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}
     rehearsed = {name: future.result() for name, future in begun.items()}
-    others = {name: steps.begin(name, short[name], 2 * steps.cluster.ranks) for name in steps.methods}
-    enough = {name: _enough(steps, step, others[name].result()) for name, step in rehearsed.items()}
+    others = {name: _another_number(steps, step) for name, step in rehearsed.items()}
+    begun = {name: steps.begin(name, short[name], ranks) for name, ranks in others.items()}
+    enough = {name: _enough(steps, step, begun[name].result(), others[name]) for name, step in rehearsed.items()}
     for name, numbers in enough.items():  # beside each other
         for ranks in numbers[:1]:
             steps.begin(name, short[name], ranks)
@@ -152,23 +153,39 @@ def _smallest(steps: Steps, method: str, short: int, enough: list[int]) -> int |
     return enough[place] if place < len(enough) else None
 
 
-def _enough(steps: Steps, step: Rehearsal, doubled: Rehearsal) -> list[int]:
+def _another_number(steps: Steps, step: Rehearsal) -> int:
+    """Of GPUs, to rehearse the step on as well: the smallest that suffices if weights alone are inverse to it."""
+    likely = _fitting(steps, [(sum(parts.values()), parts["weights"]) for parts in step.moments.values()])
+    # What is not sharded at all has no reductions, so that it tells of no other number.
+    apart = [ranks for ranks in likely[:1] if ranks != steps.cluster.ranks and steps.shards(ranks) > 1]
+    return apart[0] if apart else 2 * steps.cluster.ranks
+
+
+def _enough(steps: Steps, step: Rehearsal, other: Rehearsal, ranks: int) -> list[int]:
+    """Numbers of GPUs on which it should fit, from the smallest on, by what it takes on other `ranks`.
+
+    At one kind of moment memory is a constant and shards, which are inverse to the number of GPUs: two numbers tell
+    them apart.
+    """
+    share = steps.cluster.ranks / ranks
+    moments = step.moments.keys() & other.moments.keys()
+    sizes = [(sum(step.moments[moment].values()), sum(other.moments[moment].values())) for moment in moments]
+    return _fitting(steps, [(here, (here - there) / (1 - share)) for here, there in sizes])
+
+
+def _fitting(steps: Steps, moments: list[tuple[float, float]]) -> list[int]:
     """Numbers of GPUs on which it should fit, from the smallest on: a part of a node, or whole nodes.
 
-    At one kind of moment memory is a constant and shards, which are inverse to the number of GPUs: a step on twice as
-    many tells them apart.
+    moments: bytes at most on the planned number of GPUs, and those of them that are inverse to it.
     """
     cluster = steps.cluster
-    moments = step.moments.keys() & doubled.moments.keys()
-    sizes = [(sum(step.moments[moment].values()), sum(doubled.moments[moment].values())) for moment in moments]
-
-    def peak(ranks: int) -> float:
-        share = cluster.ranks / ranks
-        return max(2 * twice - once + 2 * (once - twice) * share for once, twice in sizes)
-
     a_node = range(1, cluster.gpus_per_node + 1)
     if steps.sharding["replicas"] > 1:
         numbers = [cluster.nodes * gpus for gpus in a_node]
     else:
         numbers = [*a_node, *(cluster.gpus_per_node * nodes for nodes in range(2, _MOST_NODES + 1))]
+
+    def peak(ranks: int) -> float:
+        return max(size + shards * (cluster.ranks / ranks - 1) for size, shards in moments)
+
     return [ranks for ranks in numbers if cluster.fits(peak(ranks))]
