@@ -13,12 +13,12 @@ from transformers import PretrainedConfig
 
 from addax_ds.bench.table import Bench
 from addax_ds.config import RunConfig, build, for_method, values_of
-from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
 from addax_ds.plan import check, links, methods, ready
 from addax_ds.plan.batches import LAST_TOKEN, Targets
 from addax_ds.plan.choose import Batch, Choice, choose
 from addax_ds.plan.cluster import Cluster
+from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.methods import Steps
 from addax_ds.plan.padding import padding_of
@@ -27,7 +27,7 @@ from addax_ds.plan.rehearsals import Rehearsals
 from addax_ds.plan.shardings import settings_of
 from addax_ds.shapes import count_of, shape_of
 from addax_ds.training.metrics import write_json
-from addax_ds.training.run import prepare_inputs
+from addax_ds.training.run import Prepared, prepare_inputs
 
 TABLES = "plan.json"
 _WORTH_TELLING = 1.02  # of padding
@@ -56,7 +56,8 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
     run = _addax(config)
     if asked.output is not None and (asked.output / ready.RUN).exists():
         raise UserError(f"{asked.output / ready.RUN} is there already: choose another --output, or remove it")
-    examples = _examples(config, asked.tokenizer) if has_data else []
+    prepared = _prepared(config, asked.tokenizer) if has_data else None
+    examples = prepared.train if prepared is not None else []
     lengths = [example.length for example in examples]
     targets = Targets.of(examples, config.padding) if examples else LAST_TOKEN
     long = max(lengths, default=asked.long)
@@ -65,11 +66,15 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
         raise UserError(
             f"samples of {long} tokens are longer than the {context} that {config.model} takes: shorten them"
         )
+    if prepared is None:
+        evaluated = Evaluated.words(long, run)
+    else:
+        evaluated = Evaluated.of([*prepared.dev, *prepared.held_out], run, prepared.task.max_new_tokens)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
         rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
-        steps = Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long, targets)
+        steps = Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long, targets, evaluated)
         _plan(asked, steps, lengths)
 
 
@@ -122,11 +127,11 @@ def _addax(config: RunConfig) -> RunConfig:
     return build(RunConfig, {**values_of(config), "method": "addax", "lt": "auto"}, "plan")
 
 
-def _examples(config: RunConfig, tokenizer: str | None) -> list[Example]:
-    """The training samples, in tokens of the model's tokenizer or another."""
+def _prepared(config: RunConfig, tokenizer: str | None) -> Prepared:
+    """The samples, in tokens of the model's tokenizer or another."""
     replicated = {"engine": "replicated", "ds_config": None, "replicas": 1, "model": tokenizer or config.model}
     try:
-        return prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan")).train
+        return prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan"))
     except UserError as error:
         if tokenizer is None and config.model in str(error):
             raise UserError(f"{error}: or give --tokenizer, a folder, a hub id or smollm2-135m") from None
@@ -163,12 +168,13 @@ def _shown(steps: Steps, name: str, about: str, rows: Iterable[dict[str, Any]]) 
 def _write_run(choice: Choice, asked: Asked, steps: Steps, folder: Path) -> None:
     with _waiting(steps.rehearsals):
         others = methods.curves(steps, min(choice.lengths))
+        at_once = methods.eval_micro_batch(steps, choice.longest_first_order)
     draw(choice, others, steps.cluster, folder / PLOT)
     method = "addax-wa" if choice.lt == "none" else "addax"
     planned = {
         **settings_of(asked.sharding, steps.cluster, steps.shape, steps.run.dtype, folder),
         **dataclasses.asdict(choice.batch),
-        **{"k0": choice.k0, "k1": choice.k1, "method": method, "lt": choice.lt},
+        **{"k0": choice.k0, "k1": choice.k1, "method": method, "lt": choice.lt, "eval_micro_batch": at_once},
     }
     run = build(RunConfig, {**for_method(values_of(steps.run), method), **planned}, "plan")
     commands = ready.write(run, str(choice), steps.cluster, folder)

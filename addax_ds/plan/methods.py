@@ -17,6 +17,7 @@ from addax_ds.config import BASELINES, RunConfig, build, require, values_of
 from addax_ds.plan.batches import Targets
 from addax_ds.plan.choose import Batch
 from addax_ds.plan.cluster import RESERVED, Cluster
+from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearsals import Rehearsals
@@ -52,6 +53,7 @@ class Steps:
     batch: Batch
     long: int
     targets: Targets
+    evaluated: Evaluated
 
     @property
     def methods(self) -> list[str]:
@@ -92,11 +94,17 @@ class Steps:
         options = {"all_layers": all_layers, "targets": self.targets}
         return self.rehearsals.begin(config, ranks, self.long, short, **options)
 
+    def begin_evaluation(self, short: int, **more: Any) -> "Future[Rehearsal]":
+        """One of Addax's run, whose steps take first-order samples of `short` tokens."""
+        ranks = self.cluster.ranks
+        options = {"targets": self.targets, "evaluated": self.evaluated}
+        return self.rehearsals.begin(self.config("addax", ranks, **more), ranks, self.long, short, **options)
+
 
 def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     """A row a method: GiB of each GPU by part, whether they fit, on how many they would, GiB received, seconds.
 
-    The peak is of torch's memory, without the overhead.
+    The peak is of torch's memory, without the overhead. The last row is of an evaluation in place of a step.
 
     Addax takes samples of at most `lt` tokens first-order; the others take all as they come.
     """
@@ -104,6 +112,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     require(lt <= steps.long, f"lt is {lt} and long {steps.long}: the longest first-order sample is no longer")
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}
+    evaluation = steps.begin_evaluation(lt)
     rehearsed = {name: future.result() for name, future in begun.items()}
     others = {name: _another_number(steps, step) for name, step in rehearsed.items()}
     begun = {name: steps.begin(name, short[name], ranks) for name, ranks in others.items()}
@@ -114,17 +123,30 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     offloaded = any(step.host for step in rehearsed.values())
     for name, step in rehearsed.items():
         seconds = estimate(step, steps.config(name, steps.cluster.ranks), steps.cluster, steps.weights)
-        yield {
-            "method": name,
-            "fits": "yes" if steps.cluster.fits(step.peak) else "no",
-            "GPUs at least": _smallest(steps, name, short[name], enough[name]),
-            "peak": step.peak / 2**30,
-            **{part: step.parts[part] / 2**30 for part in PARTS},
-            "overhead": RESERVED / 2**30,
-            **({"on each node": step.host * steps.cluster.gpus_per_node / 2**30} if offloaded else {}),
-            "received": sum(step.received.values()) / 2**30,
-            "seconds": seconds.step,
-        }
+        smallest = _smallest(steps, name, short[name], enough[name])
+        yield _row(steps, name, step, offloaded, smallest) | {"seconds": seconds.step}
+    yield _row(steps, "evaluation", evaluation.result(), offloaded, None)
+
+
+def _row(steps: Steps, name: str, step: Rehearsal, offloaded: bool, smallest: int | None) -> dict[str, Any]:
+    return {
+        "method": name,
+        "fits": "yes" if steps.cluster.fits(step.peak) else "no",
+        "GPUs at least": smallest,
+        "peak": step.peak / 2**30,
+        **{part: step.parts[part] / 2**30 for part in PARTS},
+        "overhead": RESERVED / 2**30,
+        **({"on each node": step.host * steps.cluster.gpus_per_node / 2**30} if offloaded else {}),
+        "received": sum(step.received.values()) / 2**30,
+    }
+
+
+def eval_micro_batch(steps: Steps, lt: int) -> int:
+    """The run's, halved until an evaluation fits or is of one sequence at once."""
+    size = steps.run.eval_micro_batch
+    while size > 1 and not steps.cluster.fits(steps.begin_evaluation(lt, eval_micro_batch=size).result().peak):
+        size //= 2
+    return size
 
 
 def curves(steps: Steps, shortest: int) -> dict[str, Curve]:

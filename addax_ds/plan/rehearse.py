@@ -21,6 +21,7 @@ from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.plan import fsdp
 from addax_ds.plan.batches import LAST_TOKEN, Targets
+from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.parts import PARTS, by_part
 from addax_ds.plan.stand_ins import fake_ranks, without_numbers
 from addax_ds.plan.tracker import HOST, Tracker
@@ -69,18 +70,22 @@ def rehearse(
     *,
     targets: Targets = LAST_TOKEN,
     offload: bool = False,
+    evaluated: Evaluated | None = None,
 ) -> Rehearsal:
     """A step of a run on `ranks` ranks, whose batches are `long` and `short` tokens wide, with such targets.
 
     Rehearsed with few layers, and extrapolated, unless with `all_layers`. offload: FSDP2's shards are
     on the host, as by `addax_ds.shard(model, mesh, offload_policy=CPUOffloadPolicy())`; of ZeRO-3's
-    the DeepSpeed configuration says that. Raises `UserError` for what cannot be rehearsed.
+    the DeepSpeed configuration says that. evaluated: what is evaluated, in place of a step. Raises `UserError` for
+    what cannot be rehearsed.
     """
     _refuse(config, offload)
     layers, few = shape.num_hidden_layers, _few_layers(shape, config)
     if all_layers or layers <= few[1]:
-        return _rehearse(shape, config, ranks, long, short, targets, offload)
-    first, second = (_rehearse(with_layers(shape, n), config, ranks, long, short, targets, offload) for n in few)
+        return _rehearse(shape, config, ranks, long, short, targets, offload, evaluated)
+    first, second = (
+        _rehearse(with_layers(shape, n), config, ranks, long, short, targets, offload, evaluated) for n in few
+    )
 
     def at_all(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
         slope = {key: (b.get(key, 0) - a.get(key, 0)) / (few[1] - few[0]) for key in {**a, **b}}
@@ -133,7 +138,14 @@ def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def _rehearse(
-    shape: PretrainedConfig, config: RunConfig, ranks: int, long: int, short: int, targets: Targets, offload: bool
+    shape: PretrainedConfig,
+    config: RunConfig,
+    ranks: int,
+    long: int,
+    short: int,
+    targets: Targets,
+    offload: bool,
+    evaluated: Evaluated | None,
 ) -> Rehearsal:
     fake, tracker, world = FakeTensorMode(), Tracker("weights"), World(0, 0, ranks, torch.device("cpu"))
     with contextlib.ExitStack() as stack:
@@ -146,7 +158,7 @@ def _rehearse(
         stack.enter_context(by_part(tracker, config, offload, fake))
         stack.enter_context(fake)
         stack.enter_context(tracker)
-        return a_step(shape, config, world, long, short, tracker, targets, offload)
+        return a_step(shape, config, world, long, short, tracker, targets, offload, evaluated)
 
 
 def a_step(
@@ -158,8 +170,9 @@ def a_step(
     tracker: Tracker,
     targets: Targets,
     offload: bool = False,
+    evaluated: Evaluated | None = None,
 ) -> Rehearsal:
-    """What the tracker sees of a step of a run with random weights, once all steps are alike."""
+    """What the tracker sees of a step, or of an evaluation, of a run with random weights, once all are alike."""
     with fsdp.offloaded() if offload else contextlib.nullcontext():
         model = _model(shape, config)
         inputs = accepted(model)
@@ -173,7 +186,10 @@ def a_step(
         for _ in range(3 if config.engine == "deepspeed" else 2):
             gc.collect()
             tracker.begin()
-            taking.train_step(zo, fo, targets.loss_fn)
+            if evaluated is None:
+                taking.train_step(zo, fo, targets.loss_fn)
+            else:
+                evaluated.run(taking, config, inputs)
     _let_go(taking)
     moments = {moment: {part: float(held[part]) for part in PARTS} for moment, held in tracker.peaks.items()}
     return Rehearsal(moments, {**tracker.collectives}, {**tracker.received}, tracker.flops, tracker.most_on_host)

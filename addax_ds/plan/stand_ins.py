@@ -19,11 +19,12 @@ from torch.nn.functional import embedding
 from addax_ds import baselines, loss, optimizer
 from addax_ds.core import kernels, lanes
 from addax_ds.core.scalars import Scalars
+from addax_ds.data.tasks import Example
 from addax_ds.engines import fsdp
 from addax_ds.engines.base import Engine, ShardedEngine
 from addax_ds.errors import UserError
 from addax_ds.plan.batches import Targets
-from addax_ds.training import models
+from addax_ds.training import evaluation, models
 
 Replacement = tuple[Any, str, Any]
 """An owner, the name of an attribute of it, and what stands there meanwhile."""
@@ -70,11 +71,15 @@ def without_numbers(targets: Targets) -> Iterator[None]:
     def last_columns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.arange(targets.columns(*mask.shape)), torch.zeros(len(mask), dtype=torch.int64)
 
+    def zeros(engine: Engine, values: torch.Tensor) -> _Zeros:
+        add(engine, values)
+        return _Zeros(values)
+
     def to(module: nn.Module, *where: Any, **wanted: Any) -> nn.Module:
         # All is on one device, and fake parameters cannot be put in place of others.
         return module if where and isinstance(where[0], torch.device | str) else move(module, *where, **wanted)
 
-    move = nn.Module.to
+    add, move = Engine.sum, nn.Module.to
     kernel = SimpleNamespace(perturb=lambda *_: None, perturb_rows=_no_rows, update=lambda *_: None)
     stand_ins: list[Replacement] = [
         (optimizer, "Scalars", _Scalars),
@@ -84,6 +89,9 @@ def without_numbers(targets: Targets) -> Iterator[None]:
         (loss, "_target_columns", target_columns),
         (loss, "_last_columns", last_columns),
         (optimizer.Addax, "_check_batches_agree", lambda *_: None),
+        (evaluation, "_choice_score", _no_scores),
+        (evaluation, "_completion_score", _no_scores),
+        (Engine, "sum", zeros),
         (Engine, "check_reached", lambda *_: None),
         (Engine, "agree", lambda _, path, failed: (path, failed)),
         (ShardedEngine, "failed_on", lambda *_: []),
@@ -121,6 +129,26 @@ class _Scalars(Scalars):
 
     def fo_mean(self) -> float | None:
         return 1.0 if self.fo_samples else None
+
+
+class _Zeros:
+    """A sum over ranks."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._shape = values.shape
+
+    def item(self) -> float:
+        return 0.0
+
+    def mean(self, dim: int) -> "_Zeros":
+        return self
+
+    def tolist(self) -> list[float]:
+        return [0.0] * self._shape[-1]
+
+
+def _no_scores(_: torch.Tensor, chunk: list[Example], *__: Any) -> torch.Tensor:
+    return torch.zeros(len(chunk), 2, dtype=torch.float64)
 
 
 def _no_rows(weight: torch.Tensor, rows: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from addax_ds.config import RunConfig
 from addax_ds.data.batches import Batch, collate_choices, collate_prompts
 from addax_ds.data.tasks import Example
-from addax_ds.loss import choice_scores
+from addax_ds.loss import choice_scores, takes_logits_to_keep
 from addax_ds.training.models import Optimizer
 
 # Evaluation forwards that share one gather: more save traffic, each keeps a hidden state.
-_LANES = 4
+LANES = 4
 
 
 class EvaluationStoppedError(Exception):
@@ -59,12 +59,12 @@ def evaluate(
 
     # Like lengths together, so that little of a chunk is padding.
     order = sorted(range(len(examples)), key=lambda index: (examples[index].length, index))
-    chunks = _chunks(order, [_rows(example) for example in examples], config.eval_micro_batch)
+    chunks = _chunks(order, [rows_of(example) for example in examples], config.eval_micro_batch)
     scores = torch.zeros(len(examples), 2, dtype=torch.float64)
-    for first in range(0, len(chunks), engine.world_size * _LANES):
+    for first in range(0, len(chunks), engine.world_size * LANES):
         if engine.sum(torch.tensor([float(asked_to_end())])).item():
             raise EvaluationStoppedError
-        numbers = range(first + engine.rank, min(first + engine.world_size * _LANES, len(chunks)), engine.world_size)
+        numbers = range(first + engine.rank, min(first + engine.world_size * LANES, len(chunks)), engine.world_size)
         # A rank without a chunk of its own takes part in the gathers with the shortest.
         runs = [run_of([examples[index] for index in chunks[number]]) for number in numbers or (0,)]
         for number, result in zip(numbers, optimizer.run_guests(runs), strict=False):
@@ -75,7 +75,7 @@ def evaluate(
     return {"exact_match": first_score, "f1": second_score}
 
 
-def _rows(example: Example) -> int:
+def rows_of(example: Example) -> int:
     """Sequences that a forward scores the example with."""
     one_forward = example.contrasted and all(len(choice) == 1 for choice in example.choices)
     return 1 if one_forward else max(len(example.choices), 1)
@@ -135,9 +135,10 @@ def _generate(model: nn.Module, batch: Batch, count: int) -> torch.Tensor:
     """
     words, mask, cache, generated = batch["input_ids"], batch["attention_mask"], None, []
     keeps = not hasattr(model, "prompt_encoder")  # peft puts the bare prefix in place of any cache
+    last: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
     step = dict(batch)
     for _ in range(count):
-        output = model(**step, past_key_values=cache, use_cache=keeps)
+        output = model(**step, **last, past_key_values=cache, use_cache=keeps)
         token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         generated.append(token)
         words, mask = (torch.cat(pair, dim=1) for pair in ((words, token), (mask, torch.ones_like(token))))

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 from addax_ds.config import RunConfig, build
 from addax_ds.core.moved import LINEAR
 from addax_ds.plan.batches import LAST_TOKEN, Targets
+from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.parts import by_part
 from addax_ds.plan.rehearse import Rehearsal, a_step, rehearse
 from addax_ds.plan.tracker import Tracker, work_of
@@ -104,13 +105,19 @@ class OnRanks(Tracker):
 
 
 def measured(
-    shape: PretrainedConfig, config: RunConfig, long: int, short: int, targets: Targets, offload: bool
+    shape: PretrainedConfig,
+    config: RunConfig,
+    long: int,
+    short: int,
+    targets: Targets,
+    offload: bool,
+    evaluated: Evaluated | None = None,
 ) -> Rehearsal:
     """The same step with real tensors, on real ranks."""
     tracker = OnRanks("weights")
     world = RunWorld(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
     with by_part(tracker, config, offload), own_linear(config), tracker:
-        return a_step(shape, config, world, long, short, tracker, targets, offload)
+        return a_step(shape, config, world, long, short, tracker, targets, offload, evaluated)
 
 
 def allocated(shape: PretrainedConfig, config: RunConfig, long: int, short: int) -> int:
@@ -145,11 +152,12 @@ def compare(
     *,
     targets: Targets = LAST_TOKEN,
     offload: bool = False,
+    evaluated: Evaluated | None = None,
     **more,
 ) -> Rehearsal:
     """The rehearsal of a step, held against the real one; `record` is pytest's `record_property`."""
     config = run_of(method, world.size, **more)
-    options = {"targets": targets, "offload": offload}
+    options = {"targets": targets, "offload": offload, "evaluated": evaluated}
     planned = rehearse(SHAPES[shape](), config, world.size, long, short, **options)
     step = {"shape": SHAPES[shape](), "config": config, "long": long, "short": short, **options}
     real = world.run(measured, seconds=STEP_SECONDS, **step)[0]

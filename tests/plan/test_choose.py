@@ -2,22 +2,29 @@
 
 import dataclasses
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
 from addax_ds.config import RunConfig, build, load_run
 from addax_ds.data.partition import partition
+from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
 from addax_ds.plan import ready
+from addax_ds.plan.batches import LAST_TOKEN
 from addax_ds.plan.choose import Batch, choose
 from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, flops_of, gpu_of, speed_of
+from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
+from addax_ds.plan.methods import Steps, eval_micro_batch
 from addax_ds.plan.padding import padding_of
 from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import CARRIED, COMPUTED, DRAWN, estimate
 from addax_ds.shapes import shape_of
 
 GIB = 2**30
+EXAMPLE = Example((0,), (0,), ((0,), (1,)), answer=0, references=(), contrasted=True)
+RUN = build(RunConfig, {"engine": "fsdp"}, "test")
 LENGTHS = [*range(10, 1010, 10)]  # 100 samples
 
 
@@ -40,6 +47,19 @@ def growing(batch, between=3 * GIB):
 
 def cluster(gib, nodes=2):
     return Cluster(nodes, 2, gpu_of("h100", memory=f"{gib}GiB"))
+
+
+def test_an_evaluation_that_does_not_fit_takes_fewer_sequences_at_once():
+    def begin(config, *layout, evaluated, targets):
+        return rehearsed(evaluation=GIB * config.eval_micro_batch)
+
+    evaluated, where = (
+        Evaluated(EXAMPLE, samples=100, new_tokens=0),
+        {"engine": "fsdp", "ds_config": None, "replicas": 1},
+    )
+    for gib, wanted in ((8 + 2, 8), (7.5 + 2, 4), (2 + 2, 2), (0.5 + 2, 1)):
+        steps = Steps(None, RUN, SimpleNamespace(begin=begin), cluster(gib), where, Batch(), 64, LAST_TOKEN, evaluated)
+        assert eval_micro_batch(steps, 32) == wanted
 
 
 def test_memory_at_lengths_between_is_that_of_the_fullest_moment():

@@ -49,7 +49,7 @@ def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
     told, tables = planned("--model", model, "--long", "256", "--lt", "32", "--rehearse", cwd=tmp_path)
     assert "2 nodes of 2 GPUs" in told
     rows = {row["method"]: row for row in tables["methods"]}
-    assert set(rows) == {"addax", "mezo", "adamw"}
+    assert set(rows) == {"addax", "mezo", "adamw", "evaluation"}
     for row in rows.values():
         assert sum(row[part] for part in PARTS) == pytest.approx(row["peak"]) and row["overhead"] == 2
         assert row["fits"] == ("yes" if row["peak"] <= MEMORY - 2 else "no")

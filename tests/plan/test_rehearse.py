@@ -1,12 +1,15 @@
 """Rehearsals against real runs, and against what the method says of traffic."""
 
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
 from addax_ds.plan.batches import Targets
+from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.rehearse import rehearse, with_layers
 from addax_ds.shapes import count_of, shape_of
@@ -123,6 +126,41 @@ def test_so_it_is_with_targets_of_several_tokens_and_words(record_property, worl
     # Logits of all places, and at least as much once more as the loss is taken of them.
     columns = targets.columns(2 * max(targets.words, 1), 128) * 2 * max(targets.words, 1)
     assert max(parts["logits"] for parts in planned.moments.values()) >= 2 * columns * 6000 * 4
+
+
+SPAN = Example((0,) * 200, (0, 0), choices=(), answer=-1, references=("a",))
+RECORD = Example((0,) * 150, (0,), choices=((0,),) + ((0, 0),) * 8, answer=0, references=())
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "engine", "evaluated"),
+    [
+        (1, "addax", "fsdp", Evaluated(SPAN, samples=32, new_tokens=6)),
+        (2, "mezo", "fsdp", Evaluated(replace(RECORD, choices=RECORD.choices[:1] * 2), samples=99, new_tokens=0)),
+        (2, "adamw", "fsdp", Evaluated(SPAN, samples=24, new_tokens=6)),
+        (2, "adazeta", "fsdp", Evaluated(RECORD, samples=8, new_tokens=0)),
+        (2, "addax", "zero3", Evaluated(SPAN, samples=64, new_tokens=6)),
+    ],
+    indirect=["world"],
+)
+def test_so_it_is_in_evaluations(record_property, world: World, tmp_path, method, engine, evaluated):
+    settings = under_zero(tmp_path, LARGE) if engine == "zero3" else {}
+    compare(record_property, world, method, "llama", 64, 64, evaluated=evaluated, **settings)
+
+
+@pytest.mark.parametrize(
+    ("examples", "wanted"),
+    [
+        (
+            [SPAN, replace(SPAN, prompt=SPAN.prompt * 2)] * 500,
+            Evaluated(replace(SPAN, prompt=SPAN.prompt * 2), 1000, 9),
+        ),
+        # Nine rows of 152 tokens are more than eight of 159.
+        ([replace(SPAN, prompt=(0,) * 150), RECORD] * 500, Evaluated(RECORD, 1000, 9)),
+    ],
+)
+def test_what_takes_most_of_an_evaluation_is_found(examples, wanted):
+    assert Evaluated.of(examples, run_of("addax", 2), new_tokens=9) == wanted
 
 
 @pytest.mark.parametrize("world", [1], indirect=True)
