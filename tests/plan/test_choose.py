@@ -53,10 +53,8 @@ def test_an_evaluation_that_does_not_fit_takes_fewer_sequences_at_once():
     def begin(config, *layout, evaluated, targets):
         return rehearsed(evaluation=GIB * config.eval_micro_batch)
 
-    evaluated, where = (
-        Evaluated(EXAMPLE, samples=100, new_tokens=0),
-        {"engine": "fsdp", "ds_config": None, "replicas": 1},
-    )
+    evaluated = Evaluated(EXAMPLE, samples=100, new_tokens=0)
+    where = {"engine": "fsdp", "ds_config": None, "replicas": 1}
     for gib, wanted in ((8 + 2, 8), (7.5 + 2, 4), (2 + 2, 2), (0.5 + 2, 1)):
         steps = Steps(None, RUN, SimpleNamespace(begin=begin), cluster(gib), where, Batch(), 64, LAST_TOKEN, evaluated)
         assert eval_micro_batch(steps, 32) == wanted
