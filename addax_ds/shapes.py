@@ -97,6 +97,11 @@ def weightless(shape: PretrainedConfig) -> nn.Module:
     return model
 
 
+def sizes_of(shape: PretrainedConfig) -> dict[str, torch.Size]:
+    """Of each parameter of the causal language model, tied ones once."""
+    return {name: parameter.shape for name, parameter in weightless(shape).named_parameters()}
+
+
 def count_of(shape: PretrainedConfig) -> int:
     """Parameters of the causal language model, tied ones once."""
-    return sum(parameter.numel() for parameter in weightless(shape).parameters())
+    return sum(size.numel() for size in sizes_of(shape).values())

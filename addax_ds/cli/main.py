@@ -121,6 +121,11 @@ def plan(
     output: Annotated[Path | None, typer.Option(help="Folder for figures, plot and, with data, the run.")] = None,
 ) -> None:
     """Rehearse a step of every method on GPUs that are not there; choose L_T for data, and write the run."""
+    from addax_ds.cli.plan import Asked
+    from addax_ds.cli.plan import plan as run
+    from addax_ds.plan.choose import Batch
+    from addax_ds.plan.cluster import Cluster, gpu_of
+
     given = [*(settings or []), *(f"{name}={value}" for name, value in (("model", model), ("data", data)) if value)]
     is_from_file = any("=" not in setting for setting in given)
     has_data = is_from_file or any(setting.startswith("data=") for setting in given)
@@ -130,14 +135,6 @@ def plan(
     for setting in given:
         if setting.startswith(planned):
             raise UserError(f"{setting}: a plan chooses that: leave it out, and see the options of addax-ds plan")
-    from addax_ds.plan import server
-
-    server.start(with_deepspeed=sharding.startswith("zero3"))  # beside the imports here
-    from addax_ds.cli.plan import Asked
-    from addax_ds.cli.plan import plan as run
-    from addax_ds.plan.choose import Batch
-    from addax_ds.plan.cluster import Cluster, gpu_of
-
     speeds = {"flops": gpu_flops, "bandwidth": gpu_bandwidth, "gpu_link": gpu_link, "node_link": node_link}
     asked = Asked(
         cluster=Cluster(nodes, gpus_per_node, gpu_of(gpu, memory=gpu_memory, **speeds)),

@@ -67,9 +67,9 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
             f"samples of {long} tokens are longer than the {context} that {config.model} takes: shorten them"
         )
     if prepared is None:
-        evaluated = Evaluated.words(long, run)
+        evaluated = Evaluated.words(long, run.eval_samples)
     else:
-        evaluated = Evaluated.of([*prepared.dev, *prepared.held_out], run, prepared.task.max_new_tokens)
+        evaluated = Evaluated.of([prepared.dev, prepared.held_out], prepared.task.max_new_tokens)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
@@ -85,6 +85,7 @@ def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
             choice = choose(lengths, asked.cluster, lambda batch: _curve(steps, batch, min(lengths)), asked.batch)
         steps, lt = dataclasses.replace(steps, batch=choice.batch), choice.longest_first_order
         print(choice)
+        steps = _evaluating(steps, lt)
     zo, fo = f"{steps.batch.zo_micro_batch} x {steps.long} tokens", f"{steps.batch.fo_micro_batch} x {lt}"
     where = f"{steps.run.model}, {asked.sharding} on {asked.cluster}"
     told = f"GiB per GPU, {where}; each takes {zo} zeroth-order, {fo} first-order"
@@ -92,9 +93,8 @@ def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
     if asked.cluster.nodes > 1:
         told = "seconds of Addax's step, estimated, by what joins the nodes"
         tables.append(_shown(steps, "links", told, links.rows(steps, lt)))
-    padding = padding_of(steps.shape, steps.shards(asked.cluster.ranks))
-    if steps.sharding["engine"] == "fsdp" and padding.share > _WORTH_TELLING:
-        print(padding)
+    if steps.padding(asked.cluster.ranks) > _WORTH_TELLING:
+        print(padding_of(steps.sizes, steps.shards(asked.cluster.ranks)))
     if asked.rehearse:
         told = "Addax's step, planned from a few layers and rehearsed with all"
         tables.append(_shown(steps, "rehearsal", told, check.rows(steps, lt)))
@@ -145,6 +145,20 @@ def _curve(steps: Steps, batch: Batch, shortest: int) -> Curve:
     return Curve(lambda length: taking.begin("addax", length), shortest, steps.long, kinks=kinks)
 
 
+def _evaluating(steps: Steps, lt: int) -> Steps:
+    """The same with as many sequences in an evaluation's forward, at most, as fit."""
+    asked = steps.run.eval_micro_batch
+    with _waiting(steps.rehearsals):
+        fitting = methods.eval_micro_batch(steps, lt)
+    if fitting is None:
+        print("Evaluations do not fit, not even of one sample at once: plan more GPUs, or shorter held-out samples.")
+    if fitting in (None, asked):
+        return steps
+    print(f"eval_micro_batch = {fitting}: evaluations with {asked} sequences at once do not fit.")
+    run = build(RunConfig, {**values_of(steps.run), "eval_micro_batch": fitting}, "plan")
+    return dataclasses.replace(steps, run=run)
+
+
 @contextlib.contextmanager
 def _waiting(rehearsals: Rehearsals) -> Iterator[None]:
     """Tell a terminal how far rehearsals are, while nothing is printed."""
@@ -168,13 +182,12 @@ def _shown(steps: Steps, name: str, about: str, rows: Iterable[dict[str, Any]]) 
 def _write_run(choice: Choice, asked: Asked, steps: Steps, folder: Path) -> None:
     with _waiting(steps.rehearsals):
         others = methods.curves(steps, min(choice.lengths))
-        at_once = methods.eval_micro_batch(steps, choice.longest_first_order)
     draw(choice, others, steps.cluster, folder / PLOT)
     method = "addax-wa" if choice.lt == "none" else "addax"
     planned = {
         **settings_of(asked.sharding, steps.cluster, steps.shape, steps.run.dtype, folder),
         **dataclasses.asdict(choice.batch),
-        **{"k0": choice.k0, "k1": choice.k1, "method": method, "lt": choice.lt, "eval_micro_batch": at_once},
+        **{"k0": choice.k0, "k1": choice.k1, "method": method, "lt": choice.lt},
     }
     run = build(RunConfig, {**for_method(values_of(steps.run), method), **planned}, "plan")
     commands = ready.write(run, str(choice), steps.cluster, folder)

@@ -27,7 +27,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     if shards > 1:
         # All weights twice and all gradients once, as any first-order step.
         moved = sum(size for kind, size in whole.received.items() if kind != "all_reduce")
-        padding = padding_of(steps.shape, shards).share if steps.sharding["engine"] == "fsdp" else 1
+        padding = padding_of(steps.sizes, shards).share if steps.sharding["engine"] == "fsdp" else 1
         figures["model sizes received"] = 3 * padding, moved * shards / (shards - 1) / steps.weights
     names = sorted({*few.collectives, *whole.collectives})
     counts = {name: (few.collectives.get(name, 0), whole.collectives.get(name, 0)) for name in names}

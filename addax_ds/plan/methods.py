@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from addax_ds.plan.choose import Batch
 from addax_ds.plan.cluster import RESERVED, Cluster
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
+from addax_ds.plan.padding import padding_of
 from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearsals import Rehearsals
 from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import estimate
-from addax_ds.shapes import count_of
+from addax_ds.shapes import sizes_of
 
 METHODS: dict[str, dict[str, Any]] = {
     "addax": {"method": "addax"},
@@ -68,9 +68,26 @@ class Steps:
         return path is not None and "offload_param" in json.loads(Path(path).read_text())["zero_optimization"]
 
     @cached_property
+    def sizes(self) -> dict[str, torch.Size]:
+        """Of each parameter."""
+        return sizes_of(self.shape)
+
+    @property
     def weights(self) -> int:
         """Bytes of the whole model."""
-        return count_of(self.shape) * getattr(torch, self.run.dtype).itemsize
+        return sum(size.numel() for size in self.sizes.values()) * getattr(torch, self.run.dtype).itemsize
+
+    @cached_property
+    def _paddings(self) -> dict[int, float]:
+        return {}
+
+    def padding(self, ranks: int) -> float:
+        """Weights on so many GPUs with what fills them up, of the model's."""
+        if self.sharding["engine"] != "fsdp":
+            return 1.0
+        if ranks not in self._paddings:
+            self._paddings[ranks] = padding_of(self.sizes, self.shards(ranks)).share
+        return self._paddings[ranks]
 
     def shards(self, ranks: int) -> int:
         """Parts that each weight lies in."""
@@ -115,17 +132,17 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     evaluation = steps.begin_evaluation(lt)
     rehearsed = {name: future.result() for name, future in begun.items()}
     others = {name: _another_number(steps, step) for name, step in rehearsed.items()}
-    begun = {name: steps.begin(name, short[name], ranks) for name, ranks in others.items()}
-    enough = {name: _enough(steps, step, begun[name].result(), others[name]) for name, step in rehearsed.items()}
+    elsewhere = {name: steps.begin(name, short[name], ranks) for name, ranks in others.items()}
+    enough = {name: _enough(steps, step, elsewhere[name].result(), others[name]) for name, step in rehearsed.items()}
     for name, numbers in enough.items():  # beside each other
         for ranks in numbers[:1]:
             steps.begin(name, short[name], ranks)
     offloaded = any(step.host for step in rehearsed.values())
     for name, step in rehearsed.items():
         seconds = estimate(step, steps.config(name, steps.cluster.ranks), steps.cluster, steps.weights)
-        smallest = _smallest(steps, name, short[name], enough[name])
+        smallest = _smallest(steps, name, short[name], step, enough[name])
         yield _row(steps, name, step, offloaded, smallest) | {"seconds": seconds.step}
-    yield _row(steps, "evaluation", evaluation.result(), offloaded, None)
+    yield _row(steps, "evaluation", evaluation.result(), offloaded, None) | {"seconds": None}
 
 
 def _row(steps: Steps, name: str, step: Rehearsal, offloaded: bool, smallest: int | None) -> dict[str, Any]:
@@ -141,10 +158,12 @@ def _row(steps: Steps, name: str, step: Rehearsal, offloaded: bool, smallest: in
     }
 
 
-def eval_micro_batch(steps: Steps, lt: int) -> int:
-    """The run's, halved until an evaluation fits or is of one sequence at once."""
+def eval_micro_batch(steps: Steps, lt: int) -> int | None:
+    """The run's, halved until an evaluation fits; None where it does not with one example at once."""
     size = steps.run.eval_micro_batch
-    while size > 1 and not steps.cluster.fits(steps.begin_evaluation(lt, eval_micro_batch=size).result().peak):
+    while not steps.cluster.fits(steps.begin_evaluation(lt, eval_micro_batch=size).result().peak):
+        if size <= steps.evaluated.fewest_rows:
+            return None
         size //= 2
     return size
 
@@ -162,21 +181,18 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
     return {name: Curve(partial(of, name), shortest, steps.long, points=2, kinks=kinks) for name in names}
 
 
-def _smallest(steps: Steps, method: str, short: int, enough: list[int]) -> int | None:
+def _smallest(steps: Steps, method: str, short: int, step: Rehearsal, enough: list[int]) -> int | None:
     """The first of these numbers of GPUs that suffices, rehearsed; None where none does."""
-
-    def fits(ranks: int) -> bool:
-        return steps.cluster.fits(steps.begin(method, short, ranks).result().peak)
-
-    if enough and fits(enough[0]):  # nearly always
-        return enough[0]
-    # More GPUs never take more of each.
-    place = bisect_left(enough, True, lo=min(1, len(enough)), key=fits)
-    return enough[place] if place < len(enough) else None
+    if steps.cluster.fits(step.peak):  # the planned number does
+        enough = [*(ranks for ranks in enough if ranks < steps.cluster.ranks), steps.cluster.ranks]
+    for ranks in enough:  # of which the first is the one, but where weights are filled up
+        if steps.cluster.fits(steps.begin(method, short, ranks).result().peak):
+            return ranks
+    return None
 
 
 def _another_number(steps: Steps, step: Rehearsal) -> int:
-    """Of GPUs, to rehearse the step on as well: the smallest that suffices if weights alone are inverse to it."""
+    """Of GPUs, to rehearse the step on as well: the smallest that suffices if weights alone are sharded."""
     likely = _fitting(steps, [(sum(parts.values()), parts["weights"]) for parts in step.moments.values()])
     # What is not sharded at all has no reductions, so that it tells of no other number.
     apart = [ranks for ranks in likely[:1] if ranks != steps.cluster.ranks and steps.shards(ranks) > 1]
@@ -186,10 +202,9 @@ def _another_number(steps: Steps, step: Rehearsal) -> int:
 def _enough(steps: Steps, step: Rehearsal, other: Rehearsal, ranks: int) -> list[int]:
     """Numbers of GPUs on which it should fit, from the smallest on, by what it takes on other `ranks`.
 
-    At one kind of moment memory is a constant and shards, which are inverse to the number of GPUs: two numbers tell
-    them apart.
+    At one kind of moment memory is a constant and shards: two numbers of GPUs tell them apart.
     """
-    share = steps.cluster.ranks / ranks
+    share = _share(steps, ranks)
     moments = step.moments.keys() & other.moments.keys()
     sizes = [(sum(step.moments[moment].values()), sum(other.moments[moment].values())) for moment in moments]
     return _fitting(steps, [(here, (here - there) / (1 - share)) for here, there in sizes])
@@ -198,7 +213,7 @@ def _enough(steps: Steps, step: Rehearsal, other: Rehearsal, ranks: int) -> list
 def _fitting(steps: Steps, moments: list[tuple[float, float]]) -> list[int]:
     """Numbers of GPUs on which it should fit, from the smallest on: a part of a node, or whole nodes.
 
-    moments: bytes at most on the planned number of GPUs, and those of them that are inverse to it.
+    moments: bytes at most on the planned number of GPUs, and those of shards among them.
     """
     cluster = steps.cluster
     a_node = range(1, cluster.gpus_per_node + 1)
@@ -208,6 +223,12 @@ def _fitting(steps: Steps, moments: list[tuple[float, float]]) -> list[int]:
         numbers = [*a_node, *(cluster.gpus_per_node * nodes for nodes in range(2, _MOST_NODES + 1))]
 
     def peak(ranks: int) -> float:
-        return max(size + shards * (cluster.ranks / ranks - 1) for size, shards in moments)
+        return max(size + shards * (_share(steps, ranks) - 1) for size, shards in moments)
 
     return [ranks for ranks in numbers if cluster.fits(peak(ranks))]
+
+
+def _share(steps: Steps, ranks: int) -> float:
+    """Size of a shard on so many GPUs, of that on the planned number."""
+    planned = steps.cluster.ranks
+    return planned / ranks * steps.padding(ranks) / steps.padding(planned)

@@ -1,11 +1,8 @@
 """What FSDP2 gathers beyond a model's weights: it splits dimension 0, and fills up what the ranks do not divide."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PretrainedConfig
-
-from addax_ds.shapes import weightless
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,8 @@ class Padding:
         )
 
 
-def padding_of(shape: PretrainedConfig, shards: int) -> Padding:
-    """Counted from the parameters' shapes."""
-    sizes = {name: parameter.shape for name, parameter in weightless(shape).named_parameters()}
+def padding_of(sizes: Mapping[str, Sequence[int]], shards: int) -> Padding:
+    """Of parameters by their names."""
     added = {
         name: (math.ceil(size[0] / shards) * shards - size[0]) * math.prod(size[1:]) for name, size in sizes.items()
     }

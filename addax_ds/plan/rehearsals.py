@@ -20,7 +20,6 @@ from transformers import PretrainedConfig
 
 from addax_ds.config import RunConfig
 from addax_ds.errors import UserError
-from addax_ds.plan import server
 from addax_ds.plan.rehearse import Rehearsal, rehearse
 
 
@@ -35,7 +34,9 @@ class Rehearsals:
     def __init__(self, shape: PretrainedConfig, with_deepspeed: bool) -> None:
         self._shape = shape
         self._with_deepspeed = with_deepspeed
-        self._context = server.start(with_deepspeed)
+        self._context = multiprocessing.get_context("forkserver")
+        modules = [rehearse.__module__, *(["addax_ds.plan.zero3"] if with_deepspeed else [])]
+        self._context.set_forkserver_preload(modules)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(cores)  # each waits for a process at a time
         self._processes: set[BaseProcess] = set()

@@ -106,6 +106,8 @@ def rehearse(
 
 
 def _refuse(config: RunConfig, offload: bool) -> None:
+    if config.perturb == "auto":
+        raise UserError("perturb: auto measures the GPUs of a run: plan perturb=gathered or perturb=shard")
     if config.engine == "replicated":
         raise UserError("engine replicated cannot be rehearsed: set engine: fsdp or deepspeed")
     if config.engine == "deepspeed":
@@ -147,10 +149,12 @@ def _rehearse(
     offload: bool,
     evaluated: Evaluated | None,
 ) -> Rehearsal:
+    at = None if evaluated is None else evaluated.columns(config)
+    columns = targets.columns if at is None else lambda *_: at
     fake, tracker, world = FakeTensorMode(), Tracker("weights"), World(0, 0, ranks, torch.device("cpu"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_ranks(ranks))
-        stack.enter_context(without_numbers(targets))
+        stack.enter_context(without_numbers(columns))
         if config.engine == "deepspeed":
             from addax_ds.plan import zero3
 

@@ -23,7 +23,6 @@ from addax_ds.data.tasks import Example
 from addax_ds.engines import fsdp
 from addax_ds.engines.base import Engine, ShardedEngine
 from addax_ds.errors import UserError
-from addax_ds.plan.batches import Targets
 from addax_ds.training import evaluation, models
 
 Replacement = tuple[Any, str, Any]
@@ -53,8 +52,8 @@ def fake_ranks(ranks: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_numbers(targets: Targets) -> Iterator[None]:
-    """Stand-ins for what reads numbers, with batches of such targets."""
+def without_numbers(columns: Callable[[int, int], int]) -> Iterator[None]:
+    """Stand-ins for what reads numbers. columns: how many places have logits, of a batch's rows and width."""
 
     def outside(function: Callable) -> Callable:
         """The function on real tensors: of meshes, which are not part of a step."""
@@ -66,10 +65,10 @@ def without_numbers(targets: Targets) -> Iterator[None]:
         return run
 
     def target_columns(labels: torch.Tensor) -> torch.Tensor:
-        return torch.arange(targets.columns(len(labels), labels.shape[1] + 1))  # they come without the first token's
+        return torch.arange(columns(len(labels), labels.shape[1] + 1))  # they come without the first token's
 
     def last_columns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.arange(targets.columns(*mask.shape)), torch.zeros(len(mask), dtype=torch.int64)
+        return torch.arange(columns(*mask.shape)), torch.zeros(len(mask), dtype=torch.int64)
 
     def zeros(engine: Engine, values: torch.Tensor) -> _Zeros:
         add(engine, values)
@@ -109,6 +108,10 @@ def without_numbers(targets: Targets) -> Iterator[None]:
 class _Scalars(Scalars):
     """The step's losses: finite ones, whatever was computed."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._failed: list[int] = []
+
     def put_zo(self, *_: Any) -> None:
         pass
 
@@ -118,8 +121,11 @@ class _Scalars(Scalars):
     def put_fingerprint(self, *_: Any) -> None:
         pass
 
+    def put_fault(self, rank: int) -> None:
+        self._failed.append(rank)
+
     def faults(self) -> list[int]:
-        return []
+        return self._failed
 
     def check_fingerprints(self) -> None:
         pass

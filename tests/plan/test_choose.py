@@ -16,11 +16,12 @@ from addax_ds.plan.choose import Batch, choose
 from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, flops_of, gpu_of, speed_of
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
-from addax_ds.plan.methods import Steps, eval_micro_batch
+from addax_ds.plan.methods import Steps, eval_micro_batch, rows
 from addax_ds.plan.padding import padding_of
+from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import CARRIED, COMPUTED, DRAWN, estimate
-from addax_ds.shapes import shape_of
+from addax_ds.shapes import shape_of, sizes_of
 
 GIB = 2**30
 EXAMPLE = Example((0,), (0,), ((0,), (1,)), answer=0, references=(), contrasted=True)
@@ -53,11 +54,49 @@ def test_an_evaluation_that_does_not_fit_takes_fewer_sequences_at_once():
     def begin(config, *layout, evaluated, targets):
         return rehearsed(evaluation=GIB * config.eval_micro_batch)
 
-    evaluated = Evaluated(EXAMPLE, samples=100, new_tokens=0)
+    evaluated = Evaluated((EXAMPLE,), samples=100, new_tokens=0)
     where = {"engine": "fsdp", "ds_config": None, "replicas": 1}
-    for gib, wanted in ((8 + 2, 8), (7.5 + 2, 4), (2 + 2, 2), (0.5 + 2, 1)):
+    for gib, wanted in ((8 + 2, 8), (7.5 + 2, 4), (1 + 2, 1), (0.5 + 2, None)):
         steps = Steps(None, RUN, SimpleNamespace(begin=begin), cluster(gib), where, Batch(), 64, LAST_TOKEN, evaluated)
         assert eval_micro_batch(steps, 32) == wanted
+
+
+def smallest(shard, gib, shape, planned=8):
+    """What is told of GPUs at least, where a shard takes so many GiB and all else 3; and which were rehearsed on."""
+
+    def begin(_, ranks, *__, **___):
+        told.add(ranks)
+        future = Future()
+        step = dict.fromkeys(PARTS, 0.0) | {"weights": GIB * shard(ranks), "gathered": 3.0 * GIB}
+        future.set_result(Rehearsal({"step": step}, {}, {}, 0.0))
+        return future
+
+    told: set[int] = set()
+    where = {"engine": "fsdp", "ds_config": None, "replicas": 1}
+    nodes = Cluster(planned // 8, 8, gpu_of("h100", memory=f"{gib + 2}GiB"))
+    evaluated = Evaluated((EXAMPLE,), samples=100, new_tokens=0)
+    steps = Steps(shape, RUN, SimpleNamespace(begin=begin), nodes, where, Batch(), 64, LAST_TOKEN, evaluated)
+    return next(rows(steps, 32))["GPUs at least"], told
+
+
+@pytest.mark.parametrize("planned", [8, 16])
+@pytest.mark.parametrize("gib", [8, 10, 16, 20, 40, 90])
+def test_the_smallest_number_of_gpus_is_found_in_few_steps(gib, planned):
+    shape = shape_of("meta-llama/Llama-2-7b-hf")
+    found, told = smallest(lambda ranks: 64 / ranks, gib, shape, planned)
+    assert found == min(n for n in (*range(1, 9), 16, 24) if 3 + 64 / n <= gib) and len(told) <= 3
+
+
+@pytest.mark.parametrize("gib", range(8, 70, 3))
+def test_so_it_is_where_weights_are_filled_up(gib):
+    """Of eight experts five GPUs hold two each, as four do; and more than eight GPUs no less than one."""
+
+    def shard(ranks):
+        return 7 * -(-8 // ranks) + 2 / ranks
+
+    fitting = [n for n in range(1, 9) if 3 + shard(n) <= gib]
+    found, _ = smallest(shard, gib, shape_of("mistralai/Mixtral-8x7B-v0.1"))
+    assert found == (min(fitting) if fitting else None)
 
 
 def test_memory_at_lengths_between_is_that_of_the_fullest_moment():
@@ -162,8 +201,9 @@ def test_the_run_that_is_written_is_the_run_that_was_planned(tmp_path):
 
 def test_padding_is_told_by_name():
     shape = shape_of("mistralai/Mixtral-8x7B-v0.1")
-    assert padding_of(shape, 8).share == 1
-    padding = padding_of(shape, 16)
+    sizes = sizes_of(shape)
+    assert padding_of(sizes, 8).share == 1
+    padding = padding_of(sizes, 16)
     assert padding.share == pytest.approx((46.703 + 45.097) / 46.703, rel=1e-3)
     assert "experts" in padding.worst and "have 8 along dimension 0, which 16 shards do not divide" in str(padding)
 

@@ -3,8 +3,10 @@
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import MambaConfig
 
 from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
@@ -13,6 +15,7 @@ from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.rehearse import rehearse, with_layers
 from addax_ds.shapes import count_of, shape_of
+from addax_ds.training import evaluation
 from tests.plan.real import allocated, compare, run_of, small_llama, under_zero
 from tests.world import World
 
@@ -129,17 +132,19 @@ def test_so_it_is_with_targets_of_several_tokens_and_words(record_property, worl
 
 
 SPAN = Example((0,) * 200, (0, 0), choices=(), answer=-1, references=("a",))
+LONGER = replace(SPAN, prompt=SPAN.prompt * 2)
 RECORD = Example((0,) * 150, (0,), choices=((0,),) + ((0, 0),) * 8, answer=0, references=())
+FIVE, THREE = (replace(RECORD, prompt=(0,) * 100, choices=((0, 0),) * rows) for rows in (5, 3))
 
 
 @pytest.mark.parametrize(
     ("world", "method", "engine", "evaluated"),
     [
-        (1, "addax", "fsdp", Evaluated(SPAN, samples=32, new_tokens=6)),
-        (2, "mezo", "fsdp", Evaluated(replace(RECORD, choices=RECORD.choices[:1] * 2), samples=99, new_tokens=0)),
-        (2, "adamw", "fsdp", Evaluated(SPAN, samples=24, new_tokens=6)),
-        (2, "adazeta", "fsdp", Evaluated(RECORD, samples=8, new_tokens=0)),
-        (2, "addax", "zero3", Evaluated(SPAN, samples=64, new_tokens=6)),
+        (1, "addax", "fsdp", Evaluated((SPAN,), samples=32, new_tokens=6)),
+        (2, "mezo", "fsdp", Evaluated((replace(RECORD, choices=RECORD.choices[:1] * 2),), samples=99, new_tokens=0)),
+        (2, "adamw", "fsdp", Evaluated((SPAN,), samples=24, new_tokens=6)),
+        (2, "adazeta", "fsdp", Evaluated((RECORD,), samples=8, new_tokens=0)),
+        (2, "addax", "zero3", Evaluated((SPAN,), samples=64, new_tokens=6)),
     ],
     indirect=["world"],
 )
@@ -149,18 +154,47 @@ def test_so_it_is_in_evaluations(record_property, world: World, tmp_path, method
 
 
 @pytest.mark.parametrize(
-    ("examples", "wanted"),
+    ("world", "words", "padding"),
     [
-        (
-            [SPAN, replace(SPAN, prompt=SPAN.prompt * 2)] * 500,
-            Evaluated(replace(SPAN, prompt=SPAN.prompt * 2), 1000, 9),
-        ),
+        (1, 24 * ((0,) * 5,), "right"),
+        (1, 4 * ((0,) * 40,), "right"),
+        (1, ((0, 0), *3 * ((0,) * 40,)), "left"),
+        (1, ((0, 0), *3 * ((0,) * 40,)), "right"),
+    ],
+    indirect=["world"],
+)
+def test_so_it_is_where_choices_are_longer_than_what_is_right(record_property, world: World, words, padding):
+    evaluated = Evaluated((replace(RECORD, choices=words),), samples=64, new_tokens=0)
+    compare(record_property, world, "mezo", "llama", 64, 64, evaluated=evaluated, padding=padding)
+
+
+@pytest.mark.parametrize(
+    ("others", "at_once", "wanted"),
+    [
+        ([SPAN, LONGER], 8, LONGER),
         # Nine rows of 152 tokens are more than eight of 159.
-        ([replace(SPAN, prompt=(0,) * 150), RECORD] * 500, Evaluated(RECORD, 1000, 9)),
+        ([replace(SPAN, prompt=(0,) * 150), RECORD], 8, RECORD),
+        # Three of five rows are as many as five of three, but one of them is fewer than two.
+        ([FIVE, THREE], 16, FIVE),
+        ([FIVE, THREE], 8, THREE),
     ],
 )
-def test_what_takes_most_of_an_evaluation_is_found(examples, wanted):
-    assert Evaluated.of(examples, run_of("addax", 2), new_tokens=9) == wanted
+def test_what_takes_most_of_an_evaluation_is_found(monkeypatch, others, at_once, wanted):
+    evaluated, given = Evaluated.of([others * 20, others * 30], new_tokens=9), []
+    monkeypatch.setattr(evaluation, "evaluate", lambda _, examples, *__: given.extend(examples))
+    config = run_of("addax", 2, eval_micro_batch=at_once)
+    evaluated.run(SimpleNamespace(engine=SimpleNamespace(world_size=2)), config, frozenset())
+    assert evaluated.samples == 60 and given[0] == wanted
+    # Two ranks, four lanes each, as many as a forward takes.
+    assert len(given) == min(2 * 4 * max(at_once // max(len(wanted.choices), 1), 1), 60)
+    assert {example.length for example in given} == {wanted.length}
+
+
+def test_a_model_that_cannot_be_rehearsed_says_so_in_the_step():
+    """As a Mamba's forward reads a weight of a module that it does not call."""
+    shape = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=500, state_size=4)
+    with pytest.raises(RuntimeError, match="outside the forward"):
+        rehearse(shape, run_of("mezo", 2), 2, 32, 32)
 
 
 @pytest.mark.parametrize("world", [1], indirect=True)
@@ -236,6 +270,7 @@ def test_a_mixed_step_of_16_ranks_receives_three_model_sizes(model, billions):
 @pytest.mark.parametrize(
     ("settings", "offload", "told"),
     [
+        ({"perturb": "auto"}, False, "plan perturb=gathered or perturb=shard"),
         ({"engine": "replicated"}, False, "engine replicated cannot be rehearsed: set engine: fsdp or deepspeed"),
         ({"engine": "deepspeed", "ds_config": str(DS_CONFIGS / "zero2.json")}, False, "ZeRO stage 2 cannot be"),
         (
