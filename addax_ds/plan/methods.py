@@ -37,6 +37,9 @@ METHODS: dict[str, dict[str, Any]] = {
 """What is planned side by side: a method and its settings."""
 
 _MOST_NODES = 128
+_TELLING = 0.2
+"""Share by which shards on two numbers of GPUs differ at least, so that memory on both tells them from the rest: where
+weights are filled up, more GPUs may hold as much of each."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def _smallest(steps: Steps, method: str, short: int, step: Rehearsal, enough: li
 
 def _another_number(steps: Steps, step: Rehearsal) -> int:
     """Of GPUs, to rehearse the step on as well: the smallest that suffices if weights alone are sharded."""
-    likely = _fitting(steps, [(sum(parts.values()), parts["weights"]) for parts in step.moments.values()])
+    likely = _fitting(steps, _weights_alone(step))
     # What is not sharded at all has no reductions, so that it tells of no other number.
     apart = [ranks for ranks in likely[:1] if ranks != steps.cluster.ranks and steps.shards(ranks) > 1]
     return apart[0] if apart else 2 * steps.cluster.ranks
@@ -205,9 +208,16 @@ def _enough(steps: Steps, step: Rehearsal, other: Rehearsal, ranks: int) -> list
     At one kind of moment memory is a constant and shards: two numbers of GPUs tell them apart.
     """
     share = _share(steps, ranks)
+    if abs(1 - share) < _TELLING:
+        return _fitting(steps, _weights_alone(step))
     moments = step.moments.keys() & other.moments.keys()
     sizes = [(sum(step.moments[moment].values()), sum(other.moments[moment].values())) for moment in moments]
     return _fitting(steps, [(here, (here - there) / (1 - share)) for here, there in sizes])
+
+
+def _weights_alone(step: Rehearsal) -> list[tuple[float, float]]:
+    """Bytes of each moment, and those of weights among them."""
+    return [(sum(parts.values()), parts["weights"]) for parts in step.moments.values()]
 
 
 def _fitting(steps: Steps, moments: list[tuple[float, float]]) -> list[int]:
