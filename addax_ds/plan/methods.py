@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -186,12 +187,17 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
 
 def _smallest(steps: Steps, method: str, short: int, step: Rehearsal, enough: list[int]) -> int | None:
     """The first of these numbers of GPUs that suffices, rehearsed; None where none does."""
+
+    def fits(ranks: int) -> bool:
+        return steps.cluster.fits(steps.begin(method, short, ranks).result().peak)
+
     if steps.cluster.fits(step.peak):  # the planned number does
         enough = [*(ranks for ranks in enough if ranks < steps.cluster.ranks), steps.cluster.ranks]
-    for ranks in enough:  # of which the first is the one, but where weights are filled up
-        if steps.cluster.fits(steps.begin(method, short, ranks).result().peak):
-            return ranks
-    return None
+    if enough and fits(enough[0]):  # nearly always
+        return enough[0]
+    # More GPUs take no more of each, but where weights are filled up, of which the numbers know.
+    place = bisect_left(enough, True, lo=min(1, len(enough)), key=fits)
+    return enough[place] if place < len(enough) else None
 
 
 def _another_number(steps: Steps, step: Rehearsal) -> int:
