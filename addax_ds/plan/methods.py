@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from addax_ds.config import BASELINES, RunConfig, build, require, values_of
+from addax_ds.errors import UserError
 from addax_ds.plan.batches import Targets
 from addax_ds.plan.choose import Batch
 from addax_ds.plan.cluster import RESERVED, Cluster
@@ -134,7 +135,8 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}
     evaluation = steps.begin_evaluation(lt)
-    rehearsed = {name: future.result() for name, future in begun.items()}
+    left_out = _left_out(steps, begun)
+    rehearsed = {name: future.result() for name, future in begun.items() if name not in left_out}
     others = {name: _another_number(steps, step) for name, step in rehearsed.items()}
     elsewhere = {name: steps.begin(name, short[name], ranks) for name, ranks in others.items()}
     enough = {name: _enough(steps, step, elsewhere[name].result(), others[name]) for name, step in rehearsed.items()}
@@ -147,6 +149,14 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
         smallest = _smallest(steps, name, short[name], step, enough[name])
         yield _row(steps, name, step, offloaded, smallest) | {"seconds": seconds.step}
     yield _row(steps, "evaluation", evaluation.result(), offloaded, None) | {"seconds": None}
+    yield from ({"method": name, "left out": reason} for name, reason in left_out.items())
+
+
+def _left_out(steps: Steps, begun: "dict[str, Future[Rehearsal]]") -> dict[str, str]:
+    """Methods with adapters for which the model has no places that are known, and what was said of it."""
+    faults = {name: future.exception() for name, future in begun.items()}
+    adapted = {name for name in begun if steps.config(name, steps.cluster.ranks).adapter is not None}
+    return {name: str(fault) for name, fault in faults.items() if isinstance(fault, UserError) and name in adapted}
 
 
 def _row(steps: Steps, name: str, step: Rehearsal, offloaded: bool, smallest: int | None) -> dict[str, Any]:
@@ -179,10 +189,13 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
         return dataclasses.replace(steps, long=length).begin(method, length)
 
     names = [name for name in steps.methods if name != "addax"]
-    for name in names:  # beside each other
-        of(name, shortest)
+    left_out = _left_out(steps, {name: of(name, shortest) for name in names})  # beside each other
     kinks = steps.targets.kinks(steps.batch.fo_micro_batch)
-    return {name: Curve(partial(of, name), shortest, steps.long, points=2, kinks=kinks) for name in names}
+    return {
+        name: Curve(partial(of, name), shortest, steps.long, points=2, kinks=kinks)
+        for name in names
+        if name not in left_out
+    }
 
 
 def _smallest(steps: Steps, method: str, short: int, step: Rehearsal, enough: list[int]) -> int | None:

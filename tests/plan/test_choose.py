@@ -16,7 +16,7 @@ from addax_ds.plan.choose import Batch, choose
 from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, flops_of, gpu_of, speed_of
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
-from addax_ds.plan.methods import Steps, eval_micro_batch, rows
+from addax_ds.plan.methods import Steps, curves, eval_micro_batch, rows
 from addax_ds.plan.padding import padding_of
 from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearse import Rehearsal
@@ -98,6 +98,24 @@ def test_so_it_is_where_weights_are_filled_up(gib, planned):
     fitting = [n for n in range(1, 9) if 3 + shard(n) <= gib]
     found, told = smallest(shard, gib, shape_of("mistralai/Mixtral-8x7B-v0.1"), planned)
     assert found == (min(fitting) if fitting else None) and len(told) <= 5
+
+
+def test_a_method_whose_adapters_have_no_known_place_is_left_out():
+    def begin(config, *_, **__):
+        future = Future()
+        if config.adapter is None:
+            future.set_result(Rehearsal({"step": dict.fromkeys(PARTS, 1.0)}, {}, {}, 0.0))
+        else:
+            future.set_exception(UserError("where adapters go is not known"))
+        return future
+
+    evaluated, where = Evaluated((EXAMPLE,), 100, 0), {"engine": "fsdp", "ds_config": None, "replicas": 1}
+    shape, rehearsals = shape_of("facebook/opt-13b"), SimpleNamespace(begin=begin)
+    steps = Steps(shape, RUN, rehearsals, cluster(80), where, Batch(), 64, LAST_TOKEN, evaluated)
+    told = {row["method"]: row for row in rows(steps, 32)}
+    assert {name for name, row in told.items() if "left out" in row} == {"adazeta", "lora, adamw"}
+    assert told["adazeta"]["left out"] == "where adapters go is not known" and "peak" in told["adamw"]
+    assert {*curves(steps, 8)} == {"mezo", "ip-sgd", "sgd", "adamw"}
 
 
 def test_memory_at_lengths_between_is_that_of_the_fullest_moment():
