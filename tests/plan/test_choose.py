@@ -50,15 +50,19 @@ def cluster(gib, nodes=2):
     return Cluster(nodes, 2, gpu_of("h100", memory=f"{gib}GiB"))
 
 
+def steps_of(shape, begin, nodes):
+    """Steps whose rehearsals `begin` makes up."""
+    evaluated = Evaluated((EXAMPLE,), samples=100, new_tokens=0)
+    where = {"engine": "fsdp", "ds_config": None, "replicas": 1}
+    return Steps(shape, RUN, SimpleNamespace(begin=begin), nodes, where, Batch(), 64, LAST_TOKEN, evaluated)
+
+
 def test_an_evaluation_that_does_not_fit_takes_fewer_sequences_at_once():
     def begin(config, *layout, evaluated, targets):
         return rehearsed(evaluation=GIB * config.eval_micro_batch)
 
-    evaluated = Evaluated((EXAMPLE,), samples=100, new_tokens=0)
-    where = {"engine": "fsdp", "ds_config": None, "replicas": 1}
     for gib, wanted in ((8 + 2, 8), (7.5 + 2, 4), (1 + 2, 1), (0.5 + 2, None)):
-        steps = Steps(None, RUN, SimpleNamespace(begin=begin), cluster(gib), where, Batch(), 64, LAST_TOKEN, evaluated)
-        assert eval_micro_batch(steps, 32) == wanted
+        assert eval_micro_batch(steps_of(None, begin, cluster(gib)), 32) == wanted
 
 
 def smallest(shard, gib, shape, planned=8):
@@ -72,11 +76,8 @@ def smallest(shard, gib, shape, planned=8):
         return future
 
     told: set[int] = set()
-    where = {"engine": "fsdp", "ds_config": None, "replicas": 1}
     nodes = Cluster(planned // 8, 8, gpu_of("h100", memory=f"{gib + 2}GiB"))
-    evaluated = Evaluated((EXAMPLE,), samples=100, new_tokens=0)
-    steps = Steps(shape, RUN, SimpleNamespace(begin=begin), nodes, where, Batch(), 64, LAST_TOKEN, evaluated)
-    return next(rows(steps, 32))["GPUs at least"], told
+    return next(rows(steps_of(shape, begin, nodes), 32))["GPUs at least"], told
 
 
 @pytest.mark.parametrize("planned", [8, 16])
@@ -109,9 +110,7 @@ def test_a_method_whose_adapters_have_no_known_place_is_left_out():
             future.set_exception(UserError("where adapters go is not known"))
         return future
 
-    evaluated, where = Evaluated((EXAMPLE,), 100, 0), {"engine": "fsdp", "ds_config": None, "replicas": 1}
-    shape, rehearsals = shape_of("facebook/opt-13b"), SimpleNamespace(begin=begin)
-    steps = Steps(shape, RUN, rehearsals, cluster(80), where, Batch(), 64, LAST_TOKEN, evaluated)
+    steps = steps_of(shape_of("facebook/opt-13b"), begin, cluster(80))
     told = {row["method"]: row for row in rows(steps, 32)}
     assert {name for name, row in told.items() if "left out" in row} == {"adazeta", "lora, adamw"}
     assert told["adazeta"]["left out"] == "where adapters go is not known" and "peak" in told["adamw"]

@@ -16,8 +16,10 @@ from addax_ds.plan.memory import Curve
 from addax_ds.plan.rehearse import rehearse, with_layers
 from addax_ds.shapes import count_of, shape_of
 from addax_ds.training import evaluation
-from tests.plan.real import allocated, compare, run_of, small_llama, under_zero
+from tests.plan.real import STEP_SECONDS, allocated, compare, run_of, small_llama, under_zero
 from tests.world import World
+
+pytestmark = pytest.mark.timeout(2 * STEP_SECONDS)  # so that ranks that hang are told of by their world
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
