@@ -66,6 +66,9 @@ def run(
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory(prefix="command-") as logs:
         places = [Path(logs) / str(rank) for rank in range(ranks)]
+        for place in places:  # here, since a rank may be ended before it has begun
+            place.with_suffix(".out").touch()
+            place.with_suffix(".err").touch()
         launcher = {}
         if ranks > 1:
             launcher = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -114,7 +117,7 @@ def _main(
 ) -> None:
     """One rank."""
     for number, suffix in ((1, ".out"), (2, ".err")):
-        file = os.open(place + suffix, os.O_WRONLY | os.O_CREAT)
+        file = os.open(place + suffix, os.O_WRONLY)
         os.dup2(file, number)
     faulthandler.dump_traceback_later(seconds, exit=True)
     os.environ.update(ENVIRONMENT, **own)
