@@ -55,14 +55,15 @@ class Targets:
 
         Their keys and shapes are those of `data.batches.micro_batches`.
         """
-        generator = torch.Generator().manual_seed(0)
         each = [min(size, samples - first) for first in range(0, samples, size)]
         width = max(tokens + self.beyond, self.tokens + 1)
-        return [self._micro_batch(count, width, vocabulary, generator) for count in each]
+        largest = self._micro_batch(min(size, samples), width, vocabulary)
+        # Copied, since under fake tensors every operation takes as long as any other.
+        return [{name: tensor[:count].clone() for name, tensor in largest.items()} for count in each]
 
-    def _micro_batch(self, samples: int, width: int, vocabulary: int, generator: torch.Generator) -> Batch:
+    def _micro_batch(self, samples: int, width: int, vocabulary: int) -> Batch:
         rows = samples * self._rows
-        ids = torch.randint(vocabulary, (rows, width), generator=generator)
+        ids = torch.randint(vocabulary, (rows, width), generator=torch.Generator().manual_seed(0))
         mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
         for row in range(rows):
             padded = min(row * self.tokens, width - 1 - self.tokens) if self.scattered else 0
