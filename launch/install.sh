@@ -17,6 +17,7 @@ echo "installing into $venv (a few minutes, once)"
 # torch first and exactly: a bare range would pull the newest build with all its GPU libraries.
 "$venv/bin/pip" install --quiet "$(grep '^torch==' launch/constraints.txt)"
 "$venv/bin/pip" install --quiet --constraint launch/constraints.txt --editable '.[deepspeed,mpi,train,test]'
-# DeepSpeed compiles an op at its first start on CPUs.
-"$venv/bin/python" -c 'from addax_ds.engines.ops import COLLECTIVES, build_op; build_op(COLLECTIVES)'
+# DeepSpeed compiles an op at its first start on CPUs; with the ninja that later starts find, or they compile it again.
+source "$venv/bin/activate"
+python -c 'from addax_ds.engines.ops import COLLECTIVES, build_op; build_op(COLLECTIVES)'
 touch "$stamp"

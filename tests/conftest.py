@@ -35,8 +35,8 @@ def one_thread():
 def pytest_collection_modifyitems(items):
     """In an order that starts each world once and has two workers end together.
 
-    Tests with a world are grouped by its size and by file, all others by file: a group stays on one
-    worker. Tests of launchers and benchmarks, which mostly wait for processes, come first.
+    Tests of launchers and benchmarks, which mostly wait for processes, come first, and then those with a
+    world, by its size.
     """
 
     def size(item) -> int:
@@ -48,8 +48,6 @@ def pytest_collection_modifyitems(items):
         return -1 if folder in ("launch", "bench") else size(item) or 5
 
     items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{size(item)} {item.path.name}"))
 
 
 def pytest_terminal_summary(terminalreporter):

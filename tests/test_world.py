@@ -54,5 +54,5 @@ def test_an_error_a_death_and_a_hang_fail_and_the_next_case_works(world: World, 
     began = time.monotonic()
     with pytest.raises(CaseError, match=evidence):
         world.run(case, rank=1, seconds=5)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert [total for total, _ in world.run(total_of_ranks, add=1)] == [3, 3]

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 
 from addax_ds.bench.link import Host
 from addax_ds.errors import UserError
+from addax_ds.training.world import free_port, joined
 
 _GRACE = 3.0  # seconds that the other ranks have to say what became of them
 
@@ -41,34 +41,34 @@ def on_ranks(
         )
     threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
     address = hosts[0].address if hosts else "127.0.0.1"
-    environment = {**variables, "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(_free_port())}
-    environment["OMP_NUM_THREADS"] = str(threads)
+    environment = {**variables, "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "OMP_NUM_THREADS": str(threads)}
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("spawn")
     connections: list[Connection] = []
     processes = []
     before = dict(os.environ)
-    try:
-        for rank in range(ranks):
-            ours, theirs = context.Pipe()
-            # Set here as well, since some libraries read it as soon as they are imported.
-            os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-            host = hosts[rank] if hosts else None
-            if host is not None:
-                os.environ["GLOO_SOCKET_IFNAME"] = host.interface
-            process = context.Process(target=_serve, args=(theirs, threads, host, case, arguments), daemon=True)
-            process.start()
-            theirs.close()
-            connections.append(ours)
-            processes.append(process)
-        return _collect(connections, time.monotonic() + seconds)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        for process in processes:
-            process.kill()
-            process.join()
+    with free_port() as port:
+        try:
+            for rank in range(ranks):
+                ours, theirs = context.Pipe()
+                # Set here as well, since some libraries read it as soon as they are imported.
+                os.environ.update(environment, MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+                host = hosts[rank] if hosts else None
+                if host is not None:
+                    os.environ["GLOO_SOCKET_IFNAME"] = host.interface
+                process = context.Process(target=_serve, args=(theirs, threads, host, case, arguments), daemon=True)
+                process.start()
+                theirs.close()
+                connections.append(ours)
+                processes.append(process)
+            return _collect(connections, time.monotonic() + seconds)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def _collect(connections: list[Connection], deadline: float) -> list[Any]:
@@ -99,17 +99,9 @@ def _serve(
     if host is not None:
         host.enter()
     torch.set_num_threads(threads)
-    from addax_ds.training.world import joined
-
     try:
         with joined() as world:
             answer = True, case(world, **arguments)
     except BaseException as error:
         answer = False, "".join(traceback.format_exception_only(error)).strip()
     connection.send(answer)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

@@ -17,7 +17,7 @@ import typer
 from addax_ds.config import RunConfig, load_run
 from addax_ds.errors import PreemptedError, RankLostError, UserError
 
-SECONDS_TO_BE_ENDED = 5  # launchers look after their processes once a second
+SECONDS_TO_BE_ENDED = 10  # launchers look after their processes once a second
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,9 +46,9 @@ def train(settings: Settings = None, local_rank: LocalRank = None) -> None:
     from addax_ds.training import world
 
     config = _load(settings)
-    world.discover()
     from addax_ds.training.run import train as run
 
+    world.discover()  # after what takes seconds to import: until the ranks join, a port is nobody's
     summary = run(config)
     if summary is not None:
         from rich.console import Console
@@ -75,9 +75,9 @@ def evaluate(settings: Settings = None, local_rank: LocalRank = None) -> None:
         if own and Path(settings[0]).exists() and not (folder / "model").is_dir():
             raise UserError(f"{folder / 'model'}: no model in the run folder: give model=..., or train with save=true")
     config = _load(settings)
-    world.discover()
     from addax_ds.training.run import score_only
 
+    world.discover()
     scores = score_only(config)
     if scores is not None:
         print(json.dumps(scores))

@@ -5,7 +5,7 @@ import inspect
 import json
 import logging
 import math
-import os.path
+import os
 import pickle
 import textwrap
 from collections.abc import Iterator
@@ -309,6 +309,8 @@ def _initialize_deepspeed(
             hint = ": install its compiler, or have optimizer.params.torch_adam in ds_config" if name == ADAM else ""
             raise UserError(f"DeepSpeed's {name.removesuffix('Builder')} cannot be built ({error}){hint}") from None
     dist.barrier()
+    # On CPUs its sum of inference, which nothing here calls, would leave 69 MB of shared memory behind for each rank.
+    os.environ.pop("LOCAL_SIZE", None)
     # Its faults come as assertions and validation errors, told from a crash only here.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     try:

@@ -1,5 +1,6 @@
 """One fine-tuning run: data, model, evaluation, steps, files."""
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -121,8 +122,10 @@ def train(config: RunConfig) -> dict[str, Any] | None:
         print(f"the run in {summary['folder']} is finished: nothing is left to do")
         return summary
     resuming = can_resume(config, pools)
-    with joined(config.timeout_minutes) as world, requests() as request:
-        return _train(config, prepared, pools, world, resuming, request, started)
+    # SIGTERM is noted until the group is left, too: a launcher that ends the ranks beside one that is lost must not
+    # keep them from saying so.
+    with contextlib.ExitStack() as noted, joined(config.timeout_minutes) as world:
+        return _train(config, prepared, pools, world, resuming, noted.enter_context(requests()), started)
 
 
 def _train(

@@ -47,7 +47,7 @@ def discover() -> None:
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
         _discover_slurm()
         return
-    _set(rank=0, size=1, local_rank=0, address="127.0.0.1", port=_free_port())
+    _set(rank=0, size=1, local_rank=0, address="127.0.0.1", port=0)
 
 
 def under_mpi() -> bool:
@@ -63,7 +63,8 @@ def _discover_mpi() -> None:
     everyone = MPI.COMM_WORLD
     node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     address = "127.0.0.1" if node.Get_size() == everyone.Get_size() else socket.gethostname()
-    address, port = everyone.bcast((address, _free_port()), root=0)
+    with free_port() as port:
+        address, port = everyone.bcast((address, port), root=0)
     _set(everyone.Get_rank(), everyone.Get_size(), node.Get_rank(), address, port)
     # Else it is done at exit, where a rank that fails would wait for the others for ever.
     MPI.Finalize()
@@ -85,10 +86,13 @@ def _set(rank: int, size: int, local_rank: int, address: str, port: int) -> None
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port at which a store can listen; in the context the system gives it to nobody who takes any."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -20,6 +20,6 @@ def test_two_ranks_exchange_at_the_speed_of_their_link():
         if "slowed link" not in str(error):
             raise
         pytest.skip(f"network namespaces are not allowed here: {error}")
-    assert min(seconds) >= 0.07  # 0.01 without the link
+    assert max(seconds) >= 0.07  # of the rank that begins first; 0.01 without the link
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert not any(host.namespace in listed for host in hosts)

@@ -6,7 +6,9 @@ Each process is what a launcher would start: its own environment, standard strea
 The real launchers are tested in tests/launch.
 """
 
+import contextlib
 import faulthandler
+import itertools
 import os
 import socket
 import sys
@@ -19,7 +21,9 @@ from pathlib import Path
 
 from tests.forkserver import ENVIRONMENT, context
 
-SECONDS = 120.0
+SECONDS = 300.0
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(range(15000 + _WORKER % 4 * 4000, 19000 + _WORKER % 4 * 4000))
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,12 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that stays free until somebody listens there: none that the system gives away, or other workers take."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("ports do not end")
 
 
 def _join(processes: list, deadline: float) -> list[int]:

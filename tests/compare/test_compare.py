@@ -166,7 +166,6 @@ def mean_loss(output, step):
     return sum(map(sum, both)) / 12
 
 
-@pytest.mark.timeout(600)  # seven runs of a few steps, each in a process of its own
 def test_methods_are_compared_and_what_is_done_is_not_run_again(tiny, tmp_path):
     file = tmp_path / "compare.yaml"
     methods = {name: METHODS[name] for name in ("addax", "zero-shot")}
@@ -220,7 +219,6 @@ def left_running_below(folder):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked for where Linux lists them")
-@pytest.mark.timeout(600)  # five runs of a few steps, each in a process of its own
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_comparison_that_is_ended_takes_its_runs_along_and_goes_on(tiny, tmp_path, at_once):
     file = tmp_path / "compare.yaml"

@@ -121,8 +121,7 @@ class Launched:
         self._look()
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        for process in self.alive():
-            process.kill()
+        self._send(signal.SIGKILL)
         self._process.wait()
 
     @property
@@ -154,7 +153,7 @@ class Launched:
 
     def alive(self) -> list[psutil.Process]:
         """Children that still run."""
-        return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self._seen.values() if _runs(process)]
 
     def terminate(self) -> None:
         """Ask the launcher to end, as a cluster does."""
@@ -163,8 +162,13 @@ class Launched:
     def send_to_all(self, number: int) -> None:
         """A signal to the launcher and all it has started."""
         self._look()
-        for process in [psutil.Process(self._process.pid), *self.alive()]:
-            process.send_signal(number)
+        self._process.send_signal(number)
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends by itself meanwhile
+                process.send_signal(number)
 
     def wait(self, seconds: float) -> int:
         """The launcher's exit status; a launcher that does not end is a failure."""
@@ -178,3 +182,10 @@ class Launched:
             self._look()
             assert time.monotonic() < end, f"not within {seconds} s\n{self.log[-4000:]}"
             time.sleep(0.1)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -12,7 +12,7 @@ from tests.launch.processes import ROOT, Launched
 
 ZERO3 = ["engine=deepspeed", f"ds_config={ROOT / 'ds_configs' / 'zero3.json'}"]
 ZO = ["alpha=1", "lr=0.01", "queries=2"]
-SECONDS = 240
+SECONDS = 600
 """For a launcher to come up, train and end on slow shared cores; DeepSpeed may build an extension first."""
 
 

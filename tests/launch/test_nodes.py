@@ -11,7 +11,7 @@ import pytest
 from tests.cli.commands import environment, run
 from tests.launch.processes import Launched, two_nodes
 
-SECONDS = 240
+SECONDS = 600
 ZEROTH_ORDER = ["alpha=1", "lr=0.01", "save=false", "output=out"]
 
 

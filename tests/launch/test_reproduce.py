@@ -1,5 +1,6 @@
 """The reproduction scripts do what they say."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tests.launch.processes import ROOT
 SCRIPTS = ROOT / "launch" / "reproduce"
 
 
-def script(name, *words, cwd, seconds=560):
+def script(name, *words, cwd, seconds=860):
     variables = environment()
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     command = [sys.executable, str(SCRIPTS / name), *map(str, words)]
@@ -25,6 +26,12 @@ def rows_of(output):
         [cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if line.startswith("│")
     ]
     return {(cells[0], cells[1]): cells[2:] for cells in lines}
+
+
+def gathered(output, launcher, kind):
+    """Bytes that a rank receives in all-gathers of a step."""
+    summary = json.loads((output / f"{launcher.split()[0]}-{kind}" / "summary.json").read_text())
+    return summary["wire_bytes_per_step"]["all_gather"]
 
 
 def test_worlds_print_one_table_and_a_second_run_is_the_first_to_the_last_bit(tiny, tmp_path):
@@ -52,7 +59,6 @@ def test_a_mixed_run_is_repeated_to_the_last_bit(tiny, tmp_path):
     assert rows_of(first.stdout) == rows_of(second.stdout) and len(rows_of(first.stdout)) == 2
 
 
-@pytest.mark.timeout(600)  # five starts of two ranks each, with other tests on the same cores
 @pytest.mark.parametrize(
     ("launcher", "engine"),
     [
@@ -76,9 +82,8 @@ def test_two_hosts_gather_once_for_all_lanes_and_survive_the_loss_of_their_link(
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     for launcher in ("torchrun", "deepspeed --no_ssh"):
         _, told = done.stdout.split(f"{launcher}, link of 0.01 Gbit/s: ")
-        assert float(re.search(r"\((\S+) times\)", told)[1]) > 1.2, (
-            "gathers for each forward must cost more on this link"
-        )
+        assert re.search(r"\(\S+ times\)", told)  # of seconds, which other work on these cores changes
+        assert gathered(tmp_path / "out", launcher, "shard") > 1.5 * gathered(tmp_path / "out", launcher, "gathered")
         cause = r"  node \d, status 1: addax-ds: rank \d: another rank has ended or did not answer for 0.2 minutes"
         assert len(re.findall(cause, told.split("link up again")[0])) == 2
         assert re.search(r"link up again: digest (\w+), undisturbed \1: the same", told)

@@ -14,7 +14,7 @@ from tests.launch.processes import ROOT, TRAIN
 
 LAUNCH = ROOT / "launch"
 PYTHON = Path(sys.executable).with_name("python")
-SECONDS = 240
+SECONDS = 600
 ZEROTH_ORDER = ["alpha=1", "lr=0.01", "save=false", "output=out"]
 NASTY = 'task.prompt={text} isn\'t "$HOME"'
 

@@ -82,8 +82,8 @@ def a_fault_of_ours() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_is_one_line_on_every_rank(tiny, tmp_path, ranks):
-    settings = ["output=out", "timeout_minutes=1"]
-    result = run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=ranks, before=no_large_files, seconds=50)
+    settings = ["output=out", "timeout_minutes=5"]
+    result = run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=ranks, before=no_large_files, seconds=200)
     assert result.statuses == [2] * ranks
     for error in result.errors:
         assert "Traceback" not in error and "addax-ds: the run folder cannot be written" in error
@@ -100,7 +100,7 @@ def test_a_disk_without_room_for_the_report_still_shows_the_results_and_how_to_d
 
 
 def test_a_fault_of_ours_on_rank_0_leaves_no_rank_waiting(tiny, tmp_path):
-    settings = ["output=out", "timeout_minutes=1"]
-    result = run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=2, before=a_fault_of_ours, seconds=50)
+    settings = ["output=out", "timeout_minutes=5"]
+    result = run("train", tiny.run_file, *settings, cwd=tmp_path, ranks=2, before=a_fault_of_ours, seconds=200)
     assert result.statuses == [1, 2]
     assert "KeyError: 'of ours'" in result.error and "rank 0 has failed, and says why" in result.errors[1]

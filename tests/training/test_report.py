@@ -362,4 +362,4 @@ def test_matplotlib_keeps_its_global_state_and_needs_no_display(tmp_path):
         "assert params() == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=240)
