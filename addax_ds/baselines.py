@@ -30,18 +30,20 @@ _NO_DIRECTIONS = Directions("shared", 0, ())
 class Baseline(ABC):
     """First-order steps with an optimizer of others; what a run asks of `Addax` is here, too.
 
-    fo_micro_batch: samples of a micro-batch. seed: of the dropout, if there is any.
+    fo_micro_batch: samples of a micro-batch. seed: of the dropout, if there is any. atomic: as of `Addax`.
     """
 
     placement = placement_reason = ""
     queries = 1
     gradients_left_out = 0
 
-    def __init__(self, engine: Engine, fo_micro_batch: int, seed: int, with_dropout: bool) -> None:
+    def __init__(
+        self, engine: Engine, fo_micro_batch: int, seed: int, with_dropout: bool, atomic: tuple[str, ...]
+    ) -> None:
         self.engine, self.steps = engine, 0
         engine.trainable_names = {name for name, p in engine.model.named_parameters() if p.requires_grad}
         self._fo_micro_batch, self._seed, self._dropout = fo_micro_batch, seed, with_dropout
-        self._lanes = Lanes(engine.model, engine.skeleton, engine)
+        self._lanes = Lanes(engine.model, engine.skeleton, engine, atomic)
         self._forward: nn.Module = engine.model
 
     @property
@@ -51,7 +53,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def _forward_in(self) -> contextlib.AbstractContextManager:
-        """Around a forward with autograd: mixed precision, where the engine does not bring it."""
+        """Around a forward: mixed precision, where the engine does not bring it."""
 
     @abstractmethod
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -103,10 +105,17 @@ class Baseline(ABC):
     def run_guests(self, runs: list[Callable[[nn.Module], Any]]) -> list[Any]:
         """See `Addax.run_guests`."""
         self.engine.before_step()
-        jobs = [Job(run) for run in runs]
+        jobs = [Job(self._in_precision(run)) for run in runs]
         self._lanes.run(jobs)
         raise_first(jobs)
         return [job.result for job in jobs]
+
+    def _in_precision(self, run: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+        def computed(model: nn.Module) -> Any:
+            with self._forward_in():  # a thread's own
+                return run(model)
+
+        return computed
 
 
 class TorchBaseline(Baseline):

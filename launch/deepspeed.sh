@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 source "$here/start.sh"
 
 hostfile=${HOSTFILE:-$here/hostfile}
-head=${HEAD:-$(awk 'NF && !/^#/ { print $1; exit }' "$hostfile")}
+head=${HEAD:-$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")}
 port=${PORT:-29500}
 # --force_multi: else a hostfile of one node starts ranks on this one, whatever its name.
 command=(deepspeed --hostfile "$hostfile" --force_multi --no_local_rank --master_addr "$head" --master_port "$port")
@@ -17,8 +17,10 @@ case ${LAUNCHER:=pdsh} in
   # DeepSpeed names eth0 itself where nobody names an interface.
   openmpi) command+=(--launcher openmpi --no_ssh_check --launcher_args "--mca btl_tcp_if_include ${INTERFACE:-eth0}") ;;
   slurm)
-    # DeepSpeed's launcher for it tells ranks no address: srun hands on the environment.
+    # DeepSpeed's launcher for it tells ranks no address: srun hands on the environment. Nor how many go on a node.
+    slots=$(awk 'NF && $1 !~ /^#/ { sub(/.*slots=/, ""); print $1; exit }' "$hostfile")
     command=(env MASTER_ADDR="$head" MASTER_PORT="$port" "${command[@]}" --launcher slurm --no_ssh_check)
+    command+=(--launcher_args "--ntasks-per-node $slots")
     ;;
   no_ssh) command+=(--no_ssh --node_rank "${NODE_RANK:?set it to the place of this node in the hostfile, from 0}") ;;
   *)

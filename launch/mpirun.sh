@@ -5,6 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/start.sh"
 
-python=$(command -v python)  # the same on every node, where PATH may be another
+# The same on every node, where PATH may be another.
+python=$(command -v python) || { echo "no python on PATH: activate the environment that has addax_ds" >&2; exit 2; }
 # --bind-to none: else all threads of a rank share one core.
 start mpirun --hostfile "${HOSTFILE:-$here/hostfile}" --bind-to none "$python" "$here/train.py" "$@"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from addax_ds import Addax
-from addax_ds.config import AddaxConfig, RunConfig, build, load_run, parse_value
+from addax_ds.config import AddaxConfig, LoraConfig, RunConfig, build, load_run, parse_value, values_of
 from addax_ds.errors import UserError
 
 
@@ -104,6 +104,30 @@ def test_a_bad_run_file_is_one_line(tmp_path, content, overrides, words):
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("3", 3), ("null", None), ("true", True), ("a b", "a b")])
 def test_yaml_scalars_read_as_people_mean_them(text, value):
     assert parse_value(text) == value
+
+
+def test_adapters_have_a_perturbation_of_their_own():
+    assert RunConfig().eps == RunConfig(method="mezo").eps == 1e-3 and RunConfig(method="adazeta").eps == 1e-2
+    assert RunConfig(adapter=LoraConfig()).eps == 1e-2 and RunConfig(adapter=LoraConfig(), eps=1e-3).eps == 1e-3
+    assert build(RunConfig, {"method": "mezo", "adapter": {"kind": "prefix"}}, "test").eps == 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"data": "rte", "dev_samples": 0, "eval_samples": 500},
+        {"data": "sst2:train", "train_samples": 1000},
+        {"adapter": {"kind": "lora"}, "eps": 1e-3},
+        {"method": "adazeta", "query_schedule": {"alpha": 2}},
+        {"method": "mezo", "lt": "auto"},
+        {"method": "adamw", "schedule": "constant", "alpha": 0},
+        {"method": "zero-shot", "save": True},
+    ],
+)
+def test_settings_that_are_not_usual_make_the_same_run_again(settings):
+    config = build(RunConfig, settings, "test")
+    assert build(RunConfig, values_of(config), "again") == config
 
 
 def test_every_setting_has_a_default_and_a_description():

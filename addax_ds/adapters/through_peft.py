@@ -21,6 +21,7 @@ _DIGEST = "backbone_digest"
 _OF_NO_EFFECT = {
     *("base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision"),
     *("auto_mapping", "lora_dropout", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config"),
+    "task_type",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from addax_ds.bench.link import Host
+from addax_ds.cores import available_cores
 from addax_ds.errors import UserError
 from addax_ds.training.world import free_port, joined
 
@@ -39,7 +40,7 @@ def on_ranks(
         raise UserError(
             f"{ranks} ranks need as many GPUs, here are {gpus}: hide them (CUDA_VISIBLE_DEVICES=) to use CPUs"
         )
-    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
+    threads = max(available_cores() // ranks, 1)
     address = hosts[0].address if hosts else "127.0.0.1"
     environment = {**variables, "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "OMP_NUM_THREADS": str(threads)}
     if not gpus:

@@ -141,7 +141,7 @@ def plan(
         sharding=sharding,
         batch=Batch(zo_micro_batch, fo_micro_batch),
         long=512 if long is None else long,
-        lt=170 if lt is None else lt,
+        lt=min(170, long or 512) if lt is None else lt,
         tokenizer=tokenizer,
         rehearse=rehearse,
         output=output,

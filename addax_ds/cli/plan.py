@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from addax_ds.config import RunConfig, build, for_method, values_of
 from addax_ds.errors import UserError
 from addax_ds.plan import check, links, methods, ready
 from addax_ds.plan.batches import LAST_TOKEN, Targets
-from addax_ds.plan.choose import Batch, Choice, choose
+from addax_ds.plan.choose import Batch, Choice, TooLargeError, choose
 from addax_ds.plan.cluster import Cluster
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
@@ -24,6 +25,7 @@ from addax_ds.plan.methods import Steps
 from addax_ds.plan.padding import padding_of
 from addax_ds.plan.plot import PLOT, draw
 from addax_ds.plan.rehearsals import Rehearsals
+from addax_ds.plan.rehearse import with_layers
 from addax_ds.plan.shardings import settings_of
 from addax_ds.shapes import count_of, shape_of
 from addax_ds.training.metrics import write_json
@@ -54,15 +56,15 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
     """
     shape = _shape(config.model)
     run = _addax(config)
-    if asked.output is not None and (asked.output / ready.RUN).exists():
-        raise UserError(f"{asked.output / ready.RUN} is there already: choose another --output, or remove it")
-    prepared = _prepared(config, asked.tokenizer) if has_data else None
+    if asked.output is not None:
+        _check_output(asked.output)
+    context = getattr(shape, "max_position_embeddings", None)
+    prepared = _prepared(config, asked.tokenizer, context) if has_data else None
     examples = prepared.train if prepared is not None else []
     lengths = [example.length for example in examples]
     targets = Targets.of(examples, config.padding) if examples else LAST_TOKEN
     long = max(lengths, default=asked.long)
-    context = getattr(shape, "max_position_embeddings", None) or long
-    if long > context:
+    if context is not None and long > context:
         raise UserError(
             f"samples of {long} tokens are longer than the {context} that {config.model} takes: shorten them"
         )
@@ -79,18 +81,19 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
 
 
 def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
-    lt, choice = asked.lt, None
+    lt, choice, evaluates = asked.lt, None, True
     if lengths:
-        with _waiting(steps.rehearsals):
-            choice = choose(lengths, asked.cluster, lambda batch: _curve(steps, batch, min(lengths)), asked.batch)
+        try:
+            with _waiting(steps.rehearsals):
+                choice = choose(lengths, asked.cluster, lambda batch: _curve(steps, batch, min(lengths)), asked.batch)
+        except TooLargeError:  # what it would take, and how many GPUs, is what is asked then
+            _methods(asked, dataclasses.replace(steps, batch=Batch(1, 1)), min(lengths))
+            raise
         steps, lt = dataclasses.replace(steps, batch=choice.batch), choice.longest_first_order
         print(choice)
-        steps = _evaluating(steps, lt)
-    zo, fo = f"{steps.batch.zo_micro_batch} x {steps.long} tokens", f"{steps.batch.fo_micro_batch} x {lt}"
-    where = f"{steps.run.model}, {asked.sharding} on {asked.cluster}"
-    told = f"GiB per GPU, {where}; each takes {zo} zeroth-order, {fo} first-order"
-    tables = [_shown(steps, "methods", told, methods.rows(steps, lt))]
-    if asked.cluster.nodes > 1:
+        steps, evaluates = _evaluating(steps, lt)
+    tables = [_methods(asked, steps, lt)]
+    if asked.cluster.nodes > 1 and steps.run.directions == "shared":  # else there is one way to gather
         told = "seconds of Addax's step, estimated, by what joins the nodes"
         tables.append(_shown(steps, "links", told, links.rows(steps, lt)))
     if steps.padding(asked.cluster.ranks) > _WORTH_TELLING:
@@ -101,17 +104,37 @@ def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
     if asked.output is not None:
         asked.output.mkdir(parents=True, exist_ok=True)
         write_json(asked.output / TABLES, {table.name: table.rows for table in tables})
-        if choice is not None:
+        if choice is not None and evaluates:
             _write_run(choice, asked, steps, asked.output)
+    if not evaluates:
+        raise UserError("evaluations do not fit, not even of one sample at once: plan more GPUs, or shorter samples")
+
+
+def _check_output(folder: Path) -> None:
+    """Before what takes a minute."""
+    if (folder / ready.RUN).exists():
+        raise UserError(f"{folder / ready.RUN} is there already: choose another --output, or remove it")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{there}: no folder that can be written: choose another --output")
+
+
+def _methods(asked: Asked, steps: Steps, lt: int) -> Bench:
+    """The table of all methods, shown."""
+    zo, fo = f"{steps.batch.zo_micro_batch} x {steps.long} tokens", f"{steps.batch.fo_micro_batch} x {lt}"
+    where = f"{steps.run.model}, {asked.sharding} on {asked.cluster}"
+    told = f"GiB per GPU, {where}; each takes {zo} zeroth-order, {fo} first-order"
+    return _shown(steps, "methods", told, methods.rows(steps, lt))
 
 
 def _shape(model: str) -> PretrainedConfig:
     """The shape of a causal language model of blocks."""
     shape = shape_of(model)
     try:
-        count_of(shape)
         if shape.num_hidden_layers < 1:
             raise ValueError("num_hidden_layers is below 1")
+        for whole in (shape, with_layers(shape, 1)):  # as it is rehearsed
+            count_of(whole)
     except Exception as error:  # transformers take what stands in a config.json on trust
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{model}: no causal language model that can be planned: {reason:.200}") from None
@@ -127,11 +150,11 @@ def _addax(config: RunConfig) -> RunConfig:
     return build(RunConfig, {**values_of(config), "method": "addax", "lt": "auto"}, "plan")
 
 
-def _prepared(config: RunConfig, tokenizer: str | None) -> Prepared:
-    """The samples, in tokens of the model's tokenizer or another."""
+def _prepared(config: RunConfig, tokenizer: str | None, context: int | None) -> Prepared:
+    """The samples, in tokens of the model's tokenizer or another; context: tokens that the model takes."""
     replicated = {"engine": "replicated", "ds_config": None, "replicas": 1, "model": tokenizer or config.model}
     try:
-        return prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan"))
+        return prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan"), context)
     except UserError as error:
         if tokenizer is None and config.model in str(error):
             raise UserError(f"{error}: or give --tokenizer, a folder, a hub id or smollm2-135m") from None
@@ -145,18 +168,16 @@ def _curve(steps: Steps, batch: Batch, shortest: int) -> Curve:
     return Curve(lambda length: taking.begin("addax", length), shortest, steps.long, kinks=kinks)
 
 
-def _evaluating(steps: Steps, lt: int) -> Steps:
-    """The same with as many sequences in an evaluation's forward, at most, as fit."""
+def _evaluating(steps: Steps, lt: int) -> tuple[Steps, bool]:
+    """The same with as many sequences in an evaluation's forward, at most, as fit, and whether any do."""
     asked = steps.run.eval_micro_batch
     with _waiting(steps.rehearsals):
         fitting = methods.eval_micro_batch(steps, lt)
-    if fitting is None:
-        print("Evaluations do not fit, not even of one sample at once: plan more GPUs, or shorter held-out samples.")
     if fitting in (None, asked):
-        return steps
+        return steps, fitting is not None
     print(f"eval_micro_batch = {fitting}: evaluations with {asked} sequences at once do not fit.")
     run = build(RunConfig, {**values_of(steps.run), "eval_micro_batch": fitting}, "plan")
-    return dataclasses.replace(steps, run=run)
+    return dataclasses.replace(steps, run=run), True
 
 
 @contextlib.contextmanager

@@ -20,13 +20,14 @@ from rich.markup import escape
 
 from addax_ds.compare.plan import Comparison, Trial, points_of, trial
 from addax_ds.compare.results import Result, read_result
+from addax_ds.cores import available_cores
 from addax_ds.errors import UserError
 from addax_ds.training.folder import SUMMARY
 from addax_ds.training.metrics import write_whole
 
 
-def execute(comparison: Comparison, output: Path, at_once: int = 1) -> list[Result]:
-    """The results of each method's best point, seed by seed, in the order of methods.
+def execute(comparison: Comparison, output: Path, at_once: int = 1) -> tuple[list[Result], float]:
+    """The results of each method's best point, seed by seed, in the order of methods, and seconds of all runs.
 
     The grid is run with the first seed, and the point with the highest score on the dev samples with
     the others. at_once: runs beside each other, which share GPUs and CPU threads out. A run that
@@ -57,7 +58,8 @@ def execute(comparison: Comparison, output: Path, at_once: int = 1) -> list[Resu
             ]
         )
     seeds = {method: [result for result in repeated if result.trial.method == method] for method in best}
-    return [result for method in best for result in (best[method], *seeds[method])]
+    seconds = sum(result.summary.get("seconds_total", 0.0) for result in (*tried, *repeated))
+    return [result for method in best for result in (best[method], *seeds[method])], seconds
 
 
 class _Runs:
@@ -68,7 +70,7 @@ class _Runs:
         self._pool = ThreadPoolExecutor(at_once)
         self._processes: set[subprocess.Popen] = set()
         self._ending = threading.Event()
-        self._threads = max(len(os.sched_getaffinity(0)) // (ranks * at_once), 1)
+        self._threads = max(available_cores() // (ranks * at_once), 1)
         self._gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
         """The GPUs of each run that is free to begin; an empty string leaves the choice to it."""
         gpus = _visible_gpus()

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from addax_ds.config import Items, RunConfig, build, for_method, read_yaml, require
 from addax_ds.errors import UserError
+from addax_ds.training.run import prepare
 
 _SETTINGS = ConfigDict(extra="forbid")
 
@@ -90,13 +91,18 @@ def trial(comparison: Comparison, method: str, point: dict[str, Any], seed: int)
 
 
 def check(comparison: Comparison) -> None:
-    """Raises `UserError` for any run's settings, before the first starts, and where grids differ in size."""
+    """Raises `UserError` for any run's settings and a method's data, before the first starts, and where grids differ in
+    size."""
     sizes = {}
     for method in comparison.methods:
         points = points_of(comparison, method)
         configs = [trial(comparison, method, point, seed).config for point in points for seed in comparison.seeds]
         for config in configs:
             require(config.dev_samples > 0, "grids are compared on samples of their own: set dev_samples in run")
+        try:
+            prepare(configs[0])
+        except UserError as error:
+            raise UserError(f"methods: {method}: {error}") from None
         if configs[0].method_name != "zero-shot":
             sizes[method] = len(points)
     if len(set(sizes.values())) > 1:

@@ -64,7 +64,7 @@ class Result:
     def describe(self) -> str:
         """One line of what it came to."""
         if self.fault:
-            return f"{self.trial.name}: {self.fault}"
+            return f"{self.trial.name}: {self.fault} (once it can be otherwise, remove {self.folder}.fault)"
         return f"{self.trial.name}: {self.metric} {self.score:.3f}, on the dev samples {self.dev_score:.3f}"
 
 
@@ -72,7 +72,8 @@ def read_result(trial: Trial, folder: Path) -> Result:
     """The result in a run folder."""
     summary = read_json(folder / SUMMARY)
     check_kind(summary, Summary, str(folder / SUMMARY))
-    config, records = trial.config, read_metrics(folder)
+    # Of a run that has lost lines, sums over them would be too small.
+    config, records = trial.config, [] if summary["metrics_lost"] else read_metrics(folder)
     metric = _metric(summary)
     drawn = len(config.zo_sizes) if config.directions == "per-micro-batch" else 1  # directions of one query
     first_order = config.k1 * (config.alpha < 1)
@@ -195,7 +196,7 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
         shown.add_column(column, justify="left" if column in ("method", "best of") else "right")
     targets = _targets(comparison, _courses(comparison, results))
     for word, target in targets.items():
-        title = f"{target:g}" if word == f"{target:g}" else f"{escape(word)}'s {target:.3f}"
+        title = f"{escape(word)}'s {target:.3f}" if word in comparison.methods else f"{target:g}"
         shown.add_column(f"s to {title}", justify="right")
         shown.add_column(f"samples to {title}", justify="right")
     for row in rows(comparison, results):

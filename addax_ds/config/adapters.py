@@ -65,4 +65,7 @@ class PrefixConfig:
 
 
 AdapterConfig: TypeAlias = TensorTrainConfig | LoraConfig | PrefixConfig
+EPS = {"tensor-train": 1e-2, "lora": 1e-2, "prefix": 1e-1}
+"""Perturbation scale by kind, of LoRA and prefixes MeZO's (Malladi et al., 2023): adapters move the loss little, with
+the scale of all weights less than a bfloat16 backbone rounds."""
 ADAPTERS: dict[str, type] = {"tensor-train": TensorTrainConfig, "lora": LoraConfig, "prefix": PrefixConfig}

@@ -20,7 +20,7 @@ class AddaxConfig:
     alpha: float = 1e-3
     """Weight of the zeroth-order part, in [0, 1]: 1 is MeZO, 0 is in-place SGD."""
     eps: float = 1e-3
-    """Perturbation scale of the two-sided difference, above 0."""
+    """Perturbation scale of the two-sided difference, above 0; runs of adapters have 1e-2, of prefixes 1e-1."""
     queries: int = 1
     """Directions that each zeroth-order sample is measured along (Q of n-SPSA), averaged."""
     directions: Literal["shared", "per-micro-batch"] = "shared"

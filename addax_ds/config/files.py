@@ -80,11 +80,14 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
         raise UserError(f"{where}: {error}") from None
 
 
-def values_of(config: Any) -> dict[str, Any]:
-    """The settings of a configuration that differ from its defaults, as `build` and YAML take them."""
-    usual, values = type(config)(), dataclasses.asdict(config)
-    names = [field.name for field in dataclasses.fields(config)]
-    return {name: values[name] for name in names if getattr(config, name) != getattr(usual, name)}
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that differ from its defaults, as `build` and YAML take them."""
+    given, usual = (
+        {field.name: getattr(run, field.name) for field in dataclasses.fields(run)} for run in (config, RunConfig())
+    )
+    usual |= {**RunConfig.usual_with(given), "adapter": None}
+    values = dataclasses.asdict(config)
+    return {name: values[name] for name in given if given[name] != usual[name]}
 
 
 def _build_adapter(values: dict[str, Any], where: str) -> AdapterConfig:

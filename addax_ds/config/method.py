@@ -39,11 +39,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "addax": ({}, {}),
     "addax-wa": ({"lt": "none"}, {}),
     "mezo": ({"alpha": 1.0}, _ALL_DATA),
-    "adazeta": (
-        {"alpha": 1.0},
-        # Adapters move the loss little: with a smaller eps, less than a bfloat16 backbone rounds.
-        {**_ALL_DATA, "eps": 1e-2, "adapter": TensorTrainConfig(), "query_schedule": QuerySchedule()},
-    ),
+    "adazeta": ({"alpha": 1.0}, {**_ALL_DATA, "adapter": TensorTrainConfig(), "query_schedule": QuerySchedule()}),
     "ip-sgd": ({"alpha": 0.0}, _ALL_DATA),
     "sgd": ({"alpha": 0.0}, _USUAL),
     "adamw": ({"alpha": 0.0}, _USUAL),

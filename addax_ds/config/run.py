@@ -7,7 +7,7 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from addax_ds.config.adapters import AdapterConfig, PrefixConfig, TensorTrainConfig
+from addax_ds.config.adapters import EPS, AdapterConfig, PrefixConfig, TensorTrainConfig
 from addax_ds.config.addax import AddaxConfig
 from addax_ds.config.checks import STRICT, nearest, require
 from addax_ds.config.method import BASELINES, METHODS, QuerySchedule
@@ -97,12 +97,20 @@ class RunConfig(AddaxConfig):
     @classmethod
     def _expand_method(cls, given: Any) -> Any:
         values = dict((given.kwargs if isinstance(given, ArgsKwargs) else given) or {})
-        says, defaults = METHODS.get(str(values.get("method")), ({}, {}))
+        says, _ = METHODS.get(str(values.get("method")), ({}, {}))
         for name, value in says.items():
             if name in values and values[name] != value:
                 raise UserError(f"method {values['method']} means {name}: {value}, and {name} is {values[name]}")
-        split = SPLITS.get(str(values.get("data")).partition(":")[0], {})
-        return {**split, **defaults, **values, **says}
+        return {**cls.usual_with(values), **values, **says}
+
+    @staticmethod
+    def usual_with(values: dict[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on other settings: on data, method and adapter."""
+        _, defaults = METHODS.get(str(values.get("method")), ({}, {}))
+        adapter = values.get("adapter", defaults.get("adapter"))
+        kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
+        eps = {"eps": EPS[kind]} if kind in EPS else {}
+        return {**SPLITS.get(str(values.get("data")).partition(":")[0], {}), **eps, **defaults}
 
     @property
     def method_name(self) -> str:
@@ -170,6 +178,10 @@ class RunConfig(AddaxConfig):
             self.method not in (*BASELINES, "ip-sgd")
             or (self.queries == 1 and self.directions == "shared" and self.query_schedule is None),
             f"method {self.method} probes no directions: leave queries, directions and query_schedule out",
+        )
+        require(
+            self.method not in BASELINES or self.max_loss == math.inf,
+            f"method {self.method} skips no steps: leave max_loss out",
         )
         require(0 <= self.momentum < 1, f"momentum is {self.momentum}: it must lie in [0, 1)")
         require(

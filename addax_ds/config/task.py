@@ -2,7 +2,7 @@
 
 import re
 import string
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
@@ -37,6 +37,11 @@ class TaskConfig:
     """Field that holds the answer to generate (a string or a list of accepted strings)."""
     max_new_tokens: int = 32
     """Longest answer generated."""
+    stop: str | None = None
+    """Text that ends an answer in place of the end token: it follows the answer in training, and what is generated
+    counts up to it."""
+    too_long: Literal["refuse", "cut"] = "refuse"
+    """Samples longer than the model's context: refuse them, or cut the beginning of their prompts."""
 
     def __post_init__(self) -> None:
         kinds = [kind for kind in ("labels", "choices", "completion") if getattr(self, kind) is not None]
@@ -49,6 +54,8 @@ class TaskConfig:
         )
         require(self.labels is None or len(self.labels) >= 2, "task.labels needs two classes or more")
         require(self.max_new_tokens >= 1, "task.max_new_tokens must be 1 or more")
+        require(self.stop != "", "task.stop is empty: give text that ends an answer, or leave it out")
+        require(self.stop is None or self.completion is not None, "task.stop goes with task.completion")
         try:
             specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(self.prompt)]
         except ValueError:

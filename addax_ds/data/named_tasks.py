@@ -1,11 +1,12 @@
 """Tasks by name: the eleven of MeZO's protocol (Malladi et al., NeurIPS 2023), and those of the embedded data.
 
 Each of the eleven is a dataset of the hub with a prompt, and what makes its records fit the prompt. Its
-held-out samples come from the validation split, since the tests' labels are not public.
+held-out samples come from the validation split, since the tests' labels are not public. Prompts longer
+than a model's context lose their beginning.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from addax_ds.config import TaskConfig, nearest
@@ -127,12 +128,18 @@ HUB_TASKS: dict[str, HubTask] = {
             prompt="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
             completion="answers",
             max_new_tokens=50,
+            stop="\n",
         ),
         _squad,
     ),
     "drop": HubTask(
         "ucinlp/drop",
-        TaskConfig(prompt="Passage: {passage}\nQuestion: {question}\nAnswer:", completion="answers", max_new_tokens=50),
+        TaskConfig(
+            prompt="Passage: {passage}\nQuestion: {question}\nAnswer:",
+            completion="answers",
+            max_new_tokens=50,
+            stop="\n",
+        ),
         _drop,
     ),
 }
@@ -156,4 +163,4 @@ def named_task(name: str, records: list[Record]) -> tuple[TaskConfig, list[Recor
                 f"record {number} is none of {name}: {type(error).__name__} {error}: its fields are "
                 f"{', '.join(map(str, record))}"
             ) from None
-    return HUB_TASKS[name].task, fitted
+    return replace(HUB_TASKS[name].task, too_long="cut"), fitted

@@ -72,7 +72,7 @@ def check_pools(pools: Partition, k0: int, k1: int, alpha: float) -> None:
             between = f"lt between {shortest} and {longest - 1}, or " if shortest < longest else ""
             raise UserError(
                 f"the {order} pool is empty: no sample is {relation} lt={pools.lt} tokens "
-                f"(lengths {shortest} to {longest}): set {between}lt=none"
+                f"(lengths {shortest} to {longest}): set {between}lt=none (method addax-wa)"
             )
         if size > len(pool):
             raise UserError(

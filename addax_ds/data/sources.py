@@ -67,8 +67,12 @@ def split_records(
     remaining = len(records) - eval_samples
     count = remaining if train_samples is None else train_samples
     if remaining < (1 if train_samples is None else count):
-        wanted = "train_samples" if train_samples is None else f"train_samples={train_samples}"
-        raise UserError(f"{len(records)} records are too few for {wanted} and eval_samples={eval_samples}: lower them")
+        wanted = [f"{train_samples or 'any'} to train and choose settings on"] if train_samples != 0 else []
+        wanted += [f"{eval_samples} held out"] if eval_samples else []
+        raise UserError(
+            f"{len(records)} records are too few for {' and '.join(wanted)}: lower train_samples, dev_samples or "
+            "eval_samples"
+        )
     order = [records[index] for index in permutation(len(records), seed, _SPLIT_STREAM)]
     return order[:count], order[remaining:]
 
@@ -92,6 +96,7 @@ def _read_jsonl(path: Path) -> list[Record]:
 
 def _read_csv(path: Path) -> list[Record]:
     records = []
+    csv.field_size_limit(2**31 - 1)  # a long document is one field
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         try:

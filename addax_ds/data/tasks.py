@@ -4,7 +4,7 @@ import re
 import string
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ class Example:
     prompt: tuple[int, ...]
     """The filled template, with the tokenizer's special tokens."""
     target: tuple[int, ...]
-    """The right label word, or the completion and the end token: the tokens that bear the loss."""
+    """The right label word, or the completion and what ends it: the tokens that bear the loss."""
     choices: tuple[tuple[int, ...], ...]
     """Every label word, in the order of task.labels, or every choice of the record; empty for completions."""
     answer: int
@@ -31,6 +31,8 @@ class Example:
     """Indices of further right choices."""
     contrasted: bool = False
     """Whether the loss is that of the right one among the choices, not that of the target's tokens alone."""
+    cut: bool = False
+    """Whether the beginning of the prompt was left out for want of context."""
 
     @property
     def length(self) -> int:
@@ -53,7 +55,8 @@ def encode(
     A completion is set off from the prompt by a space unless one of them brings white space; with
     several accepted answers the first is the target. Raises `UserError` for a template or label
     field that a record lacks, a label without a label word, an empty prompt or answer, and a
-    sample longer than `max_length`; records are numbered from 1 in the order given.
+    sample longer than `max_length`, unless the task has such prompts cut; records are numbered from 1
+    in the order given.
     """
     prompts = _fill(records, task)
     prompt_ids: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
@@ -64,7 +67,11 @@ def encode(
     else:
         examples = _completed(records, prompts, prompt_ids, task, tokenizer)
 
-    sizes = [len(e.prompt) + max(generated, *map(len, (e.target, *e.choices))) for e in examples]
+    after = [max(generated, *map(len, (e.target, *e.choices))) for e in examples]
+    if task.too_long == "cut":
+        begin = tokenizer.bos_token_id
+        examples = [_cut(e, max_length - size, begin) for e, size in zip(examples, after, strict=True)]
+    sizes = [len(e.prompt) + size for e, size in zip(examples, after, strict=True)]
     too_long = [index for index, size in enumerate(sizes) if size > max_length]
     if too_long:
         first = too_long[0]
@@ -73,6 +80,15 @@ def encode(
             f"({len(too_long)} of {len(records)} records are too long): shorten or drop them"
         )
     return examples
+
+
+def _cut(example: Example, room: int, begin: int | None) -> Example:
+    """With the end of its prompt where that is longer than its room; its first token stays where that begins texts."""
+    kept = int(example.prompt[0] == begin)
+    if len(example.prompt) <= room or room <= kept:
+        return example
+    prompt = example.prompt[:kept] + example.prompt[len(example.prompt) - room + kept :]
+    return replace(example, prompt=prompt, cut=True)
 
 
 def _fill(records: Sequence[dict[str, Any]], task: TaskConfig) -> list[str]:
@@ -159,8 +175,8 @@ def _completed(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Example]:
     assert task.completion is not None
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end token, so an answer could never end: set its eos_token")
+    if tokenizer.eos_token_id is None and task.stop is None:
+        raise UserError("the tokenizer has no end token, so an answer could never end: set its eos_token, or task.stop")
     references = []
     for number, record in enumerate(records, 1):
         value = _require(record, task.completion, "task.completion", number, records)
@@ -174,9 +190,9 @@ def _completed(
     texts = []
     for prompt, accepted in zip(prompts, references, strict=True):
         apart = prompt[-1].isspace() or accepted[0][0].isspace()
-        texts.append(accepted[0] if apart else " " + accepted[0])
+        texts.append((accepted[0] if apart else " " + accepted[0]) + (task.stop or ""))
     targets = _continuations(texts, tokenizer)
-    end = (tokenizer.eos_token_id,)
+    end = (tokenizer.eos_token_id,) if task.stop is None else ()
     return [
         Example(tuple(prompt), target + end, (), -1, accepted)
         for prompt, target, accepted in zip(prompt_ids, targets, references, strict=True)

@@ -6,6 +6,7 @@ from typing import Any
 from addax_ds.errors import UserError
 from addax_ds.plan.methods import Steps
 from addax_ds.plan.padding import padding_of
+from addax_ds.plan.rehearse import Rehearsal
 
 _APART = 0.05
 """Share that figures may differ by."""
@@ -25,10 +26,16 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     }
     shards = steps.shards(steps.cluster.ranks)
     if shards > 1:
-        # All weights twice and all gradients once, as any first-order step.
-        moved = sum(size for kind, size in whole.received.items() if kind != "all_reduce")
-        padding = padding_of(steps.sizes, shards).share if steps.sharding["engine"] == "fsdp" else 1
-        figures["model sizes received"] = 3 * padding, moved * shards / (shards - 1) / steps.weights
+
+        def model_sizes(step: Rehearsal) -> float:
+            moved = sum(size for kind, size in step.received.items() if kind != "all_reduce")
+            return moved * shards / (shards - 1) / steps.weights
+
+        planned = model_sizes(few)
+        if steps.sharding["engine"] == "fsdp" and steps.run.perturb == "gathered" and steps.run.adapter is None:
+            # All weights twice and all gradients once, as any first-order step.
+            planned = 3 * padding_of(steps.sizes, shards).share
+        figures["model sizes received"] = planned, model_sizes(whole)
     names = sorted({*few.collectives, *whole.collectives})
     counts = {name: (few.collectives.get(name, 0), whole.collectives.get(name, 0)) for name in names}
     # How many weights DeepSpeed gathers at once depends on what is ahead: its counts are told alone.

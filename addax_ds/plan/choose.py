@@ -7,7 +7,7 @@ from statistics import median
 from typing import Literal
 
 from addax_ds.config import require
-from addax_ds.data.partition import check_pools, partition
+from addax_ds.data.partition import partition
 from addax_ds.errors import UserError
 from addax_ds.plan.cluster import RESERVED, Cluster
 from addax_ds.plan.memory import Curve
@@ -72,42 +72,51 @@ class Choice:
         )
 
 
+class TooLargeError(UserError):
+    """Not even one of the shortest samples fits a backward."""
+
+
 def choose(lengths: Sequence[int], cluster: Cluster, curve_of: Callable[[Batch], Curve], most: Batch) -> Choice:
     """The largest L_T that fits and leaves both pools a batch, with as many samples at once, up to `most`, as leave
     half of the data first-order.
 
     curve_of: a GPU's memory against L_T with a batch, its zeroth-order samples as long as the longest.
-    Raises `UserError` where not even one of the shortest fits, or where there are too few samples.
+    Raises `TooLargeError` where nothing fits, and `UserError` where there are too few samples.
     """
-    lengths, room = sorted(lengths), cluster.gpu.memory - RESERVED
-    for batch in _smaller_and_smaller(most):
-        is_last = batch == Batch(1, 1)
+    lengths, room, batch = sorted(lengths), cluster.gpu.memory - RESERVED, most
+    while True:
         curve = curve_of(batch)
         fitting = curve.longest_within(room, lengths)
-        if fitting is None or (fitting < median(lengths) and not is_last):
+        if batch != Batch(1, 1) and (fitting is None or fitting < median(lengths)):
+            batch = _with_fewer(batch, "fo")
             continue
+        if fitting is None:
+            raise TooLargeError(
+                f"one sample of {lengths[0]} tokens first-order beside one of {lengths[-1]} zeroth-order takes "
+                f"{(curve.at(lengths[0]) + RESERVED) / 2**30:.3g} GiB of a GPU: plan more GPUs, or shorter samples"
+            )
         lt = _with_a_pool(fitting, lengths, batch.zo_micro_batch * cluster.ranks)
         choice = Choice(lt, batch, cluster.ranks, (*lengths,), curve, fitting)
-        try:
-            check_pools(partition(lengths, lt), choice.k0, choice.k1, alpha=0.5)
-        except UserError:
-            if is_last:
-                raise
-            continue
-        return choice
-    raise UserError(
-        f"one sample of {lengths[0]} tokens first-order beside one of {lengths[-1]} zeroth-order takes "
-        f"{(curve.at(lengths[0]) + RESERVED) / 2**30:.3g} GiB of a GPU: plan more GPUs, shorter samples, or method=mezo"
-    )
+        pools = partition(lengths, lt)
+        # What leaves K^0 longer samples takes them from the others.
+        longest = fitting if lt == "none" else lt
+        lowered = longest < fitting
+        too_low = longest < median(lengths) and batch.zo_micro_batch > 1
+        if len(pools.zo) >= choice.k0 and len(pools.fo) >= choice.k1 and not too_low:
+            return choice
+        if batch == Batch(1, 1):
+            raise UserError(
+                f"{len(lengths)} samples are too few for {cluster.ranks} GPUs, of which each takes one of either order "
+                "in a step: plan fewer GPUs, or give more data"
+            )
+        batch = _with_fewer(batch, "zo" if lowered or len(pools.zo) < choice.k0 else "fo")
 
 
-def _smaller_and_smaller(batch: Batch) -> list[Batch]:
-    """Halved first-order until one is left, and then zeroth-order."""
-    made = [batch]
-    while made[-1] != Batch(1, 1):
-        zo, fo = made[-1].zo_micro_batch, made[-1].fo_micro_batch
-        made.append(Batch(zo, fo // 2) if fo > 1 else Batch(zo // 2, 1))
-    return made
+def _with_fewer(batch: Batch, order: Literal["zo", "fo"]) -> Batch:
+    """Half of the zeroth-order samples, or of the first-order ones; of the other ones where there is one left."""
+    zo, fo = batch.zo_micro_batch, batch.fo_micro_batch
+    halves_zo = zo > 1 if order == "zo" else fo == 1
+    return Batch(zo // 2, fo) if halves_zo else Batch(zo, fo // 2)
 
 
 def _with_a_pool(lt: int, lengths: Sequence[int], k0: int) -> int | Literal["none"]:

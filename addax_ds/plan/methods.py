@@ -104,7 +104,9 @@ class Steps:
         planned = {"zo_micro_batch": zo, "fo_micro_batch": fo, "k0": zo * ranks, "k1": fo * ranks, **self.sharding}
         if method == "addax":
             return build(RunConfig, {**values_of(self.run), **planned, **more}, "plan")
-        shared = {name: getattr(self.run, name) for name in ("dtype", "activation_checkpointing")}
+        shared = {
+            name: getattr(self.run, name) for name in ("dtype", "activation_checkpointing", "atomic", "distribution")
+        }
         return build(RunConfig, {**shared, "checkpoint_every": 0, **planned, **METHODS[method], **more}, method)
 
     def begin(

@@ -19,6 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from addax_ds.config import RunConfig
+from addax_ds.cores import available_cores
 from addax_ds.errors import UserError
 from addax_ds.plan.rehearse import Rehearsal, rehearse
 
@@ -37,8 +38,7 @@ class Rehearsals:
         self._context = multiprocessing.get_context("forkserver")
         modules = [rehearse.__module__, *(["addax_ds.plan.zero3"] if with_deepspeed else [])]
         self._context.set_forkserver_preload(modules)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._threads = ThreadPoolExecutor(cores)  # each waits for a process at a time
+        self._threads = ThreadPoolExecutor(available_cores())  # each waits for a process at a time
         self._processes: set[BaseProcess] = set()
         self._idle: SimpleQueue[tuple[BaseProcess, Connection]] = SimpleQueue()
         self._begun: dict[str, Future[Rehearsal]] = {}

@@ -134,9 +134,12 @@ def _few_layers(shape: PretrainedConfig, config: RunConfig) -> tuple[int, int]:
 
 def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
     """The same model with another number of blocks."""
-    settings = {**shape.to_dict(), "num_hidden_layers": layers}
-    settings.pop("layer_types", None)  # one for each layer; made anew
-    return type(shape)(**settings)
+    cut = {
+        name: value[:layers]  # one for each layer
+        for name, value in shape.to_dict().items()
+        if isinstance(value, list) and len(value) == shape.num_hidden_layers
+    }
+    return type(shape)(**{**shape.to_dict(), **cut, "num_hidden_layers": layers})
 
 
 def _rehearse(

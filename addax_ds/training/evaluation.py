@@ -40,12 +40,14 @@ def evaluate(
     config: RunConfig,
     inputs: frozenset[str],
     max_new_tokens: int,
+    stop: str | None = None,
     asked_to_end: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Scores in [0, 1]: accuracy, or exact_match and f1 (a collective; the same on every rank).
 
-    inputs: names that the model's forward takes. max_new_tokens: tokens generated per completion.
-    asked_to_end: looked at now and then; raises `EvaluationStoppedError` on every rank where it is true on any.
+    inputs: names that the model's forward takes. max_new_tokens: tokens generated per completion. stop: text
+    before which a completion ends. asked_to_end: looked at now and then; raises `EvaluationStoppedError` on every
+    rank where it is true on any.
     """
     engine = optimizer.engine
     pad_id = tokenizer.pad_token_id
@@ -55,7 +57,7 @@ def evaluate(
             batch = placed(collate_choices(chunk, pad_id, config.padding), inputs, engine.device)
             return lambda model: _choice_score(choice_scores(model, batch), chunk)
         batch = placed(collate_prompts(chunk, pad_id), inputs, engine.device)
-        return lambda model: _completion_score(_generate(model, batch, max_new_tokens), chunk, tokenizer)
+        return lambda model: _completion_score(_generate(model, batch, max_new_tokens), chunk, tokenizer, stop)
 
     # Like lengths together, so that little of a chunk is padding.
     order = sorted(range(len(examples)), key=lambda index: (examples[index].length, index))
@@ -115,15 +117,18 @@ def _choice_score(scores: torch.Tensor, chunk: list[Example]) -> torch.Tensor:
     return hits.double().unsqueeze(1).expand(-1, 2)
 
 
-def _completion_score(tokens: torch.Tensor, chunk: list[Example], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def _completion_score(
+    tokens: torch.Tensor, chunk: list[Example], tokenizer: PreTrainedTokenizerBase, stop: str | None
+) -> torch.Tensor:
     """float64 [examples, 2]: exact match and F1 of each greedy answer (the SQuAD measures)."""
     scores = []
     for example, row in zip(chunk, tokens.tolist(), strict=True):
         if tokenizer.eos_token_id in row:
             row = row[: row.index(tokenizer.eos_token_id)]
-        answer = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+        answer = str(tokenizer.decode(row, skip_special_tokens=True))
+        answer = answer.partition(stop)[0] if stop is not None else answer
         references: dict[str, Any] = {"answer_start": [0] * len(example.references), "text": list(example.references)}
-        result = squad([{"prediction_text": answer, "id": "0"}], [{"answers": references, "id": "0"}])
+        result = squad([{"prediction_text": answer.strip(), "id": "0"}], [{"answers": references, "id": "0"}])
         scores.append([float(result["exact_match"]) / 100, float(result["f1"]) / 100])
     return torch.tensor(scores, dtype=torch.float64)
 

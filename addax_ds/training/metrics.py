@@ -47,6 +47,7 @@ class Step:
     loss_fo: _Number | None
     skipped: StrictBool
     memory_bytes: _Count
+    seconds: _Finite
     accuracy: _Finite | None = None
     exact_match: _Finite | None = None
     f1: _Finite | None = None
@@ -80,6 +81,8 @@ class Summary:
     step_memory_bytes: Annotated[list[_Count], Field(min_length=1)]
     seconds_total: _Number
     final_digest: StrictStr
+    metrics_lost: _Count
+    trainable_parameters: _Count
     accuracy_before: _Finite | None = None
     accuracy_after: _Finite | None = None
     exact_match_before: _Finite | None = None

@@ -242,7 +242,10 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World, unread: U
     """Put the model on the run's engine, read what is `unread`, and return the optimizer of its method."""
     if config.method is None or config.method not in BASELINES:
         return build_addax(model, config, world, unread)
-    common = {"fo_micro_batch": config.fo_micro_batch, "seed": config.seed, "with_dropout": config.dropout}
+    common = {
+        **{"fo_micro_batch": config.fo_micro_batch, "seed": config.seed, "with_dropout": config.dropout},
+        "atomic": config.atomic,
+    }
     if config.engine == "deepspeed":
         skeleton = strip(model)
         rounds = math.ceil(math.ceil(config.k1 / config.fo_micro_batch) / world.size)

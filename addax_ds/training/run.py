@@ -60,9 +60,17 @@ class Prepared:
     dev: list[Example]
     held_out: list[Example]
 
+    @property
+    def cut(self) -> int:
+        """Samples with less than their whole prompt."""
+        return sum(example.cut for example in (*self.train, *self.dev, *self.held_out))
 
-def prepare_inputs(config: RunConfig) -> Prepared:
-    """Data and tokenizer of a run; every fault in them is a `UserError`."""
+
+def prepare_inputs(config: RunConfig, context: int | None = None) -> Prepared:
+    """Data and tokenizer of a run; every fault in them is a `UserError`.
+
+    context: tokens that the model takes, where `config.model` is a tokenizer alone.
+    """
     if config.engine == "deepspeed":
         read_ds_config(config)
     records, brought = load_records(config.data)
@@ -89,7 +97,8 @@ def prepare_inputs(config: RunConfig) -> Prepared:
     location = locate_model(config.model)
     tokenizer = load_tokenizer(location)
     # A prefix takes places of its own.
-    longest = context_length(location) - (config.adapter.tokens if isinstance(config.adapter, PrefixConfig) else 0)
+    taken = config.adapter.tokens if isinstance(config.adapter, PrefixConfig) else 0
+    longest = (context or context_length(location)) - taken
     generated = task.max_new_tokens if task.completion is not None else 0
     return Prepared(
         location,
@@ -106,6 +115,15 @@ def _fitted(task: TaskConfig | str, records: list[dict[str, Any]]) -> tuple[Task
     return named_task(task, records) if isinstance(task, str) else (task, records)
 
 
+def prepare(config: RunConfig) -> tuple[Prepared, Partition]:
+    """Inputs of a run, and the pools that its steps draw from; every fault in them is a `UserError`."""
+    prepared = prepare_inputs(config)
+    pools = partition([example.length for example in prepared.train], config.lt)
+    if config.steps:
+        check_pools(pools, config.k0, config.k1, config.alpha)
+    return prepared, pools
+
+
 def train(config: RunConfig) -> dict[str, Any] | None:
     """Run `config` and return its summary on rank 0 (None elsewhere); `world.discover` comes first.
 
@@ -113,9 +131,7 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     after SIGTERM, once the step under way is saved.
     """
     started = time.monotonic()
-    prepared = prepare_inputs(config)
-    pools = partition([example.length for example in prepared.train], config.lt)
-    check_pools(pools, config.k0, config.k1, config.alpha)
+    prepared, pools = prepare(config)
     if summary := finished(config, pools):
         if os.environ["RANK"] != "0":
             return None
@@ -145,10 +161,14 @@ def _train(
     folder = open_folder(config, pools, world)
     say = print if world.is_main else lambda *_: None
     say(pools.describe())
+    if cut := prepared.cut:
+        say(f"The model takes no more tokens: {cut} samples lose the beginning of their prompts.")
 
     def score_of(examples: list[Example]) -> dict[str, float]:
-        new_tokens, asked = prepared.task.max_new_tokens, lambda: request.received
-        return evaluate(optimizer, examples, prepared.tokenizer, config, inputs, new_tokens, asked)
+        task, asked = prepared.task, lambda: request.received
+        return evaluate(
+            optimizer, examples, prepared.tokenizer, config, inputs, task.max_new_tokens, task.stop, asked_to_end=asked
+        )
 
     metric = metric_name(prepared.held_out)
     loss_fn = choice_loss if prepared.task.labels else token_loss
@@ -335,9 +355,12 @@ def score_only(config: RunConfig) -> dict[str, Any] | None:
     with joined() as world:
         model, unread = open_model(prepared.location, config)
         inputs = accepted(model)
-        optimizer = build_addax(model, config, world, unread)
+        # In the run's own precision; DeepSpeed's optimizers, which have none of their own, would be compiled first.
+        own = build_addax if config.engine == "deepspeed" else build_optimizer
+        optimizer = own(model, config, world, unread)
         check_model(optimizer.engine, config)
+        task = prepared.task
         scores = evaluate(
-            optimizer, prepared.held_out, prepared.tokenizer, config, inputs, prepared.task.max_new_tokens
+            optimizer, prepared.held_out, prepared.tokenizer, config, inputs, task.max_new_tokens, task.stop
         )
     return {"model": config.model, "samples": len(prepared.held_out), **scores} if world.is_main else None

@@ -54,7 +54,8 @@ def main(
     words = [str(run_file), *(settings or [])]
     untouched, killed = output / "untouched", output / "killed"
     if untouched.exists() or killed.exists():
-        sys.exit(f"{output} holds runs already: give another --output, or remove it")
+        print(f"{output} holds runs already: give another --output, or remove it", file=sys.stderr)
+        sys.exit(2)
 
     def command(folder: Path) -> list[str]:
         return [*LAUNCHERS[launcher](ranks, kills + 1), TRAIN, *words, f"output={folder}"]

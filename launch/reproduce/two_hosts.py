@@ -8,6 +8,7 @@ cause. With the link up again the same commands end with the digest of a run tha
 and iproute2; status 2 where the machine does not allow it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -25,13 +26,13 @@ from addax_ds.errors import UserError
 
 LAUNCH = Path(__file__).parents[1]
 LAUNCHERS = {
-    "torchrun": ("torchrun.sh", ["engine=fsdp"]),
+    "torchrun": ("torchrun.sh", ["engine=fsdp", "ds_config=null"]),
     "deepspeed --no_ssh": (
         "deepspeed.sh",
         ["engine=deepspeed", f"ds_config={LAUNCH.parent / 'ds_configs' / 'zero3.json'}"],
     ),
 }
-ZEROTH_ORDER = ["alpha=1", "lr=1e-6"]  # ends with the same bits, however often it is started again
+ZEROTH_ORDER = ["method=mezo", "lr=1e-6"]  # ends with the same bits, however often it is started again
 RANKS = 2  # of each node
 SECONDS = 1800.0  # for a run
 
@@ -44,7 +45,8 @@ def main(
 ) -> None:
     """Rehearse a two-node job; status 1 where a run does not end as it should, 2 where none can be tried."""
     if output.exists():
-        sys.exit(f"{output} holds runs already: give another --output, or remove it")
+        print(f"{output} holds runs already: give another --output, or remove it", file=sys.stderr)
+        sys.exit(2)
     words = [str(run_file), "steps=6", "save=false", "timeout_minutes=1", *(settings or [])]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and leave no namespaces behind
     try:
@@ -115,7 +117,7 @@ class Jobs:
             }
             command = ["ip", "netns", "exec", host.namespace, "bash", str(LAUNCH / script)]
             command += [*self._words, *engine, *settings, f"output={self.folder(name)}"]
-            with self.folder(name).with_suffix(f".node-{rank}.log").open("wb") as log:
+            with self.folder(name).with_suffix(f".node-{rank}.log").open("ab") as log:
                 process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
             self._processes.append(process)
 
@@ -144,7 +146,8 @@ class Jobs:
         for host in self.hosts:
             pids = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True).stdout
             for pid in pids.split():
-                os.kill(int(pid), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def compare_gathers(jobs: Jobs, link: float) -> None:

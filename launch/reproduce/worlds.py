@@ -48,7 +48,8 @@ def main(
     Status 1 where a run fails, and where zeroth-order runs end with different digests.
     """
     if (output / run_file.stem).exists():
-        sys.exit(f"{output / run_file.stem} holds runs already: give another --output, or remove it")
+        print(f"{output / run_file.stem} holds runs already: give another --output, or remove it", file=sys.stderr)
+        sys.exit(2)
     table, digests = Table(title=str(run_file)), set()
     for column in ("engine", "ranks", "digest", "first loss", "last loss", "last g0", "metrics"):
         table.add_column(column)

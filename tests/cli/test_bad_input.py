@@ -207,7 +207,7 @@ BEFORE_START = {
     "empty first-order pool": ([RUN, "lt=2"], ["the first-order pool is empty: no sample is of at most lt=2"]),
     "k0 above its pool": ([RUN, "k0=1000"], ["k0=1000 is more than", "of the zeroth-order pool"]),
     "k1 above its pool": ([RUN, "k1=1000"], ["k1=1000 is more than", "of the first-order pool"]),
-    "more samples than records": ([RUN, "train_samples=1000"], ["240 records are too few for train_samples=1000"]),
+    "more samples than records": ([RUN, "train_samples=1000"], ["240 records are too few for 1000 to train"]),
     "data without a task": (["model=BAD/empty", "data=BAD/long.jsonl"], ["brings no task"]),
 }
 

@@ -73,6 +73,7 @@ def test_a_methods_meaning_comes_before_what_all_runs_share(tiny):
         ({"methods": {"a": {"grid": {"lr": 3}}}}, "grid gives each setting a list"),
         ({"methods": {"a": {"lrr": 3}}}, "methods: a: unknown key lrr, did you mean lr?"),
         ({"methods": {"a": {"method": "sgdd"}}}, "method is sgdd"),
+        ({"methods": {"a": {"k0": 5000}}}, "methods: a: k0=5000 is more than the"),
         ({"methods": {"a": {"grid": {"lr": [1, 2]}}, "b": {"grid": {"lr": [1]}}}}, r"grids differ in size \(a 2, b 1"),
         ({"targets": ["adam"]}, "targets: adam is no method"),
         ({"rnks": 2}, "unknown key rnks, did you mean ranks?"),

@@ -42,7 +42,7 @@ def test_empty_side_says_which_and_what_to_set():
 
 
 def test_samples_of_one_length_are_told_to_split_nothing():
-    with pytest.raises(UserError, match=r"lengths 7 to 7\): set lt=none$"):
+    with pytest.raises(UserError, match=r"lengths 7 to 7\): set lt=none \(method addax-wa\)$"):
         check_pools(partition([7, 7, 7], "auto"), 1, 1, 0.5)
     check_pools(partition([7, 7, 7], "none"), 3, 3, 0.5)
 

@@ -189,7 +189,16 @@ def test_split_may_leave_either_side_empty_on_request():
     assert split_records(NUMBERED, 100, 0, seed=1)[1] == []
 
 
-@pytest.mark.parametrize(("train", "held_out"), [(81, 20), (None, 100), (None, 101), (0, 101)])
-def test_too_few_records_name_the_numbers(train, held_out):
-    with pytest.raises(UserError, match=f"100 records are too few for train_samples.* and eval_samples={held_out}"):
+@pytest.mark.parametrize(
+    ("train", "held_out", "told"),
+    [
+        (81, 20, "81 to train and choose settings on and 20 held out"),
+        (None, 100, "any to train and choose settings on and 100 held out"),
+        (None, 101, "any to train and choose settings on and 101 held out"),
+        (0, 101, "101 held out"),
+        (101, 0, "101 to train and choose settings on"),
+    ],
+)
+def test_too_few_records_name_the_numbers(train, held_out, told):
+    with pytest.raises(UserError, match=f"100 records are too few for {told}: lower train_samples, dev_samples or"):
         split_records(NUMBERED, train, held_out, seed=1)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from addax_ds.config import TaskConfig
@@ -87,6 +89,11 @@ def test_completion_brings_or_finds_white_space_instead_of_a_second_space(byte_l
     assert byte_level.decode(list(one({"question": "q", "answer": "yes"}, task, byte_level).target[:-1])) == "yes"
 
 
+def test_text_that_ends_answers_takes_the_place_of_the_end_token(byte_level):
+    example = one({"question": "capital?", "answer": "Paris"}, replace(ANSWER, stop="\n"), byte_level)
+    assert byte_level.decode(list(example.target)) == " Paris\n" and example.references == ("Paris",)
+
+
 def test_a_number_is_an_answer(byte_level):
     example = one({"question": "q", "answer": 42}, ANSWER, byte_level)
     assert byte_level.decode(list(example.target[:-1])) == " 42"
@@ -149,6 +156,21 @@ def test_too_long_names_the_record_its_length_and_the_limit(byte_level):
     short = {"text": "a", "label": 1}
     with pytest.raises(UserError, match=rf"record 2 .*: {length} tokens, the model takes {length - 1} \(1 of 2"):
         encode([short, FILM], SENTIMENT, byte_level, length - 1)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_where_the_task_says_so(byte_level, sentencepiece):
+    task = replace(SENTIMENT, too_long="cut")
+    begins = []
+    for tokenizer in (byte_level, sentencepiece):
+        whole = one(FILM, task, tokenizer)
+        most = len(whole.prompt) + max(map(len, whole.choices))
+        short = one(FILM, task, tokenizer, most - 2)
+        begins.append(whole.prompt[0] == tokenizer.bos_token_id)
+        kept = whole.prompt[:1] if begins[-1] else ()
+        assert short == replace(whole, prompt=kept + whole.prompt[2 + len(kept) :], cut=True) and not whole.cut
+        with pytest.raises(UserError, match="the model takes 1"):
+            one(FILM, task, tokenizer, 1)
+    assert begins == [False, True]  # the token that begins texts stays
 
 
 def test_a_prompt_leaves_room_for_what_is_generated_or_for_its_answer_but_not_for_both(byte_level):

@@ -46,7 +46,7 @@ def test_worlds_print_one_table_and_a_second_run_is_the_first_to_the_last_bit(ti
     assert len({tuple(cells) for cells in rows.values()}) == 1
     assert rows == rows_of(second.stdout)
     third = script("worlds.py", *words, "--output", tmp_path / "first", cwd=tmp_path)
-    assert third.returncode == 1
+    assert third.returncode == 2
     assert third.stderr == f"{tmp_path / 'first' / 'run'} holds runs already: give another --output, or remove it\n"
 
 

@@ -38,6 +38,7 @@ def script(name, *words, cwd=None, first=None, **variables):
             ["MASTER_ADDR=n", "MASTER_PORT=29500", "slurm"],
         ),
         ("deepspeed.sh", {"LAUNCHER": "no_ssh", "NODE_RANK": 1}, ["--no_ssh", "--node_rank", "1", "node-0"]),
+        ("deepspeed.sh", {"LAUNCHER": "slurm"}, ["--launcher", "slurm", "--launcher_args", "--ntasks-per-node 8"]),
         ("torchrun.sh", {"HEAD": "n", "NODES": 4}, ["torchrun", "--nnodes", "4", "c10d", "n:29500"]),
         ("mpirun.sh", {"HOSTFILE": "hosts"}, ["mpirun", "--hostfile", "hosts", str(PYTHON)]),
         ("torchrun.sbatch", {"HEAD": "n", "SLURM_NNODES": 4}, ["srun", "--nodes", "4", "launch/torchrun.sh"]),
@@ -56,6 +57,7 @@ def test_a_dry_run_prints_the_command_with_every_argument_whole_and_starts_nothi
     [
         ("torchrun.sh", {}, "HEAD: set it to the name or address of a node"),
         ("deepspeed.sh", {"LAUNCHER": "no_ssh"}, "NODE_RANK: set it to the place of this node in the hostfile, from 0"),
+        ("torchrun.sbatch", {}, "SLURM_JOB_NODELIST: set HEAD, or submit the file with sbatch"),
         ("deepspeed.sh", {"LAUNCHER": "ssh"}, "LAUNCHER is ssh: set it to pdsh, openmpi, slurm or no_ssh"),
         ("deepspeed.sh", {"HOSTFILE": "nowhere"}, "nowhere"),
     ],
@@ -69,7 +71,7 @@ def test_what_is_missing_is_one_line_and_nothing_is_started(name, variables, com
 SRUN = """#!/usr/bin/env bash
 # Two tasks of a Slurm step, on this machine.
 set -euo pipefail
-while [[ $1 == -* ]]; do shift $([[ $1 == -n ]] && echo 2 || echo 1); done
+while [[ $1 == -* ]]; do shift $([[ $1 == -n || $1 == --ntasks-per-node ]] && echo 2 || echo 1); done
 export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_ID=0
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@"

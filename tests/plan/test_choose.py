@@ -163,9 +163,19 @@ def test_batches_are_no_larger_than_their_pools():
     few = LENGTHS[::5]  # 20 samples
     chosen = choose(few, cluster(14), growing, Batch(6, 4))
     pools = partition(few, chosen.lt)
-    assert chosen.k0 <= len(pools.zo) and chosen.k1 <= len(pools.fo) and chosen.batch != Batch(6, 4)
-    with pytest.raises(UserError, match="k0=4 is more than the 3 samples"):
+    assert chosen.k0 <= len(pools.zo) and chosen.k1 <= len(pools.fo) and chosen.batch == Batch(1, 4)
+    with pytest.raises(UserError, match=r"3 samples are too few for 4 GPUs, .* plan fewer GPUs"):
         choose(LENGTHS[:3], cluster(80), growing, Batch(6, 4))
+
+
+@pytest.mark.parametrize(("samples", "gpus"), [(1000, 128), (112, 16)])
+def test_a_pool_that_is_too_small_takes_fewer_zeroth_order_samples_before_fewer_of_the_others(samples, gpus):
+    lengths = range(10, 10 + samples)
+    memory = Curve(lambda length: rehearsed(forward=length), lengths[0], lengths[-1])
+    enough = gpu_of("h100", memory=str(RESERVED + lengths[-2]))  # for all but the longest
+    chosen = choose(lengths, Cluster(1, gpus, enough), lambda _: memory, Batch(6, 4))
+    assert chosen.batch == Batch(3, 4) and sum(length <= chosen.lt for length in lengths) >= samples / 2
+    assert sum(length > chosen.lt for length in lengths) == 3 * gpus
 
 
 def test_where_nothing_fits_it_is_told():

@@ -116,6 +116,30 @@ def test_so_it_does_for_zero_3_with_parameters_on_the_host(tiny, model, tmp_path
     assert not zero["bf16"]["enabled"] and zero["zero_optimization"]["offload_param"]["device"] == "cpu"
 
 
+def addax_alone():
+    for name in [*METHODS][1:]:
+        METHODS.pop(name)
+
+
+@pytest.mark.parametrize("settings", [["directions=per-micro-batch"], ["perturb=shard", "--rehearse"]])
+def test_other_ways_to_gather_are_planned_too(model, tmp_path, settings):
+    where = ["--nodes", "2", "--gpus-per-node", "1", "--long", "64", "--output", "plan"]
+    run("plan", "--model", model, *where, *settings, cwd=tmp_path, seconds=800, before=addax_alone).check()
+    tables = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert tables.keys() == ({"methods", "rehearsal", "links"} if "--rehearse" in settings else {"methods"})
+    for row in tables.get("rehearsal", []):
+        if row["figure"] == "model sizes received":
+            assert row["rehearsed"] > 4
+
+
+def test_where_no_sample_fits_what_it_takes_is_shown(tiny, model, tmp_path):
+    words = [tiny.run_file, "--tokenizer", tiny.model, "--model", model, "--gpus-per-node", "2", "--output", "plan"]
+    done = run("plan", *words, "--gpu-memory", "2.0005GiB", cwd=tmp_path, seconds=800, before=addax_alone)
+    assert done.status == 2 and "GPUs at least" in done.output
+    assert "one sample of " in done.error and "plan more GPUs" in done.error
+    assert not (tmp_path / "plan").exists()
+
+
 def test_what_a_rehearsal_cannot_do_is_one_line(tmp_path):
     shape = LlamaConfig(**{**SIZES, "num_key_value_heads": 3})  # which 4 heads cannot share
     config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
@@ -179,7 +203,9 @@ def test_a_rehearsal_that_is_killed_is_one_line():
         (["--model", "facebook/opt-13b", "--sharding", "zero"], "sharding zero, did you mean zero3?"),
         (["--model", "facebook/opt-13b", "--sharding", "hsdp"], "hsdp keeps a copy on each node, and there is one"),
         (["--model", "facebook/opt-13b", "--lt", "600"], "lt is 600 and long 512"),
-        (["--model", "facebook/opt-13b", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "facebook/opt-13b", "--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["--model", "facebook/opt-13b", "--output", "taken/plan"], "taken: no folder that can be written"),
+        (["RUN", "--tokenizer", "TINY", "--model", "short"], "the model takes 20"),
         (["--model", "facebook/opt-13b", "--data", "movies", "--lt", "60"], "leave --long and --lt out"),
         (["--model", "facebook/opt-13b", "--long", "0"], "long is 0"),
         (["--model", "facebook/opt-13b", "--long", "4096"], "longer than the 2048 that facebook/opt-13b takes"),
@@ -187,7 +213,12 @@ def test_a_rehearsal_that_is_killed_is_one_line():
         (["--model", "facebook/opt-13b", "lt=60"], "lt=60: a plan chooses that"),
     ],
 )
-def test_what_is_wrong_is_one_line(tmp_path, words, told):
-    done = run("plan", *words, cwd=tmp_path)
+def test_what_is_wrong_is_one_line(tiny, model, tmp_path, words, told):
+    (tmp_path / "taken").touch()
+    shape = json.loads((model / "config.json").read_text())
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 20}))
+    places = {"RUN": tiny.run_file, "TINY": tiny.model}
+    done = run("plan", *(places.get(word, word) for word in words), cwd=tmp_path)
     told_of = " ".join(done.errors[0].split())
     assert done.status == 2 and told in told_of and len(done.errors[0].splitlines()) == 1, told_of

@@ -6,14 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import MambaConfig
+from transformers import MambaConfig, Qwen3Config
 
 from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
 from addax_ds.plan.batches import Targets
+from addax_ds.plan.cluster import GPUS, Cluster
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.rehearse import rehearse, with_layers
+from addax_ds.plan.shardings import settings_of
 from addax_ds.shapes import count_of, shape_of
 from addax_ds.training import evaluation
 from tests.plan.real import STEP_SECONDS, allocated, compare, run_of, small_llama, under_zero
@@ -194,9 +196,18 @@ def test_what_takes_most_of_an_evaluation_is_found(monkeypatch, others, at_once,
 
 def test_a_model_that_cannot_be_rehearsed_says_so_in_the_step():
     """As a Mamba's forward reads a weight of a module that it does not call."""
-    shape = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=500, state_size=4)
     with pytest.raises(UserError, match="outside the forward"):
-        rehearse(shape, run_of("mezo", 2), 2, 32, 32)
+        rehearse(mamba(), run_of("mezo", 2), 2, 32, 32)
+
+
+def test_it_can_be_where_the_run_holds_those_weights_together():
+    assert rehearse(mamba(), run_of("mezo", 2, atomic=["*.mixer"]), 2, 32, 32).peak > 0
+    evaluated = Evaluated.words(32, 8)  # baselines, too, evaluate through lanes
+    assert rehearse(mamba(), run_of("adamw", 2, atomic=["*.mixer"]), 2, 32, 32, evaluated=evaluated).peak > 0
+
+
+def mamba():
+    return MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=500, state_size=4)
 
 
 @pytest.mark.parametrize("world", [1], indirect=True)
@@ -242,6 +253,20 @@ def test_a_few_layers_tell_of_all(tmp_path, method, zero):
     # How many weights DeepSpeed gathers ahead at once does not come again with each layer.
     assert few.collectives == (whole.collectives if zero is None else pytest.approx(whole.collectives, rel=0.1))
     assert few.received == pytest.approx(whole.received)
+
+
+@pytest.mark.parametrize(("model", "sharding"), [("facebook/opt-13b", "fsdp"), ("Qwen/Qwen2.5-0.5B", "zero3")])
+def test_so_do_those_of_a_large_model_and_of_tied_embeddings(tmp_path, model, sharding):
+    shape, nodes = shape_of(model), Cluster(2, 8, GPUS["h100"])
+    config = run_of("addax", 16, dtype="bfloat16", **settings_of(sharding, nodes, shape, "bfloat16", tmp_path))
+    few, whole = (rehearse(shape, config, 16, 256, 64, all_layers=every) for every in (False, True))
+    assert few.peak == pytest.approx(whole.peak, rel=0.01)
+    assert few.received == pytest.approx(whole.received, rel=0.01)
+
+
+def test_fewer_blocks_have_fewer_of_what_is_listed_by_block():
+    shape = Qwen3Config(num_hidden_layers=6, layer_types=["full_attention", "sliding_attention"] * 3, sliding_window=8)
+    assert with_layers(shape, 3).layer_types == ["full_attention", "sliding_attention", "full_attention"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import pytest
 
 from addax_ds.plan.batches import LAST_TOKEN
-from tests.plan.real import SHAPES, STEP_SECONDS, compare, measured, run_of, under_zero
+from addax_ds.plan.rehearse import rehearse
+from tests.plan.real import SHAPES, STEP_SECONDS, allocated, compare, measured, run_of, under_zero
 from tests.world import World
 
 pytestmark = pytest.mark.timeout(2 * STEP_SECONDS)
@@ -33,6 +34,22 @@ def test_the_plan_of_smollm2_is_what_its_steps_take(
     batches = {"zo_micro_batch": zo[0], "fo_micro_batch": fo[0], "k0": zo[0] * world.size, "k1": fo[0] * world.size}
     settings = {**more, **batches, **(under_zero(tmp_path, {}) if engine == "zero3" else {})}
     compare(record_property, world, method, "smollm2-135m", zo[1], fo[1], **settings)
+
+
+@pytest.mark.parametrize(
+    ("world", "engine", "method"),
+    [(1, "fsdp", "ip-sgd"), (1, "fsdp", "adamw"), (1, "zero3", "ip-sgd")],
+    indirect=["world"],
+)
+def test_torchs_allocator_counts_the_same_bytes(record_property, world: World, tmp_path, engine, method):
+    config = run_of(method, 1, **(under_zero(tmp_path, {}) if engine == "zero3" else {}))
+    shape = SHAPES["smollm2-135m"]()
+    planned = rehearse(shape, config, 1, 64, 192).peak
+    step = {"shape": shape, "config": config, "long": 64, "short": 192}
+    counted = world.run(allocated, seconds=STEP_SECONDS, **step)[0]
+    figures = f"{planned / 1e6:6.1f} MB, counted {counted / 1e6:6.1f}, {planned / counted - 1:+.2%}"
+    record_property("peak by torch's allocator", f"smollm2-135m {engine:5} {method:7} {figures}")
+    assert planned == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize("world", [1], indirect=True)

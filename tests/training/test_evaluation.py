@@ -190,7 +190,12 @@ def test_exact_match_and_f1_stop_at_the_end_token_and_take_any_accepted_answer(t
     width = max(map(len, rows))
     tokens = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
     example = dataclasses.replace(prepared.held_out[0], references=("a warm day", "warm"))
-    scores = evaluation._completion_score(tokens, [example] * len(said), tokenizer)
+    scores = evaluation._completion_score(tokens, [example] * len(said), tokenizer, None)
     # "a" is an article and counts for nothing: "cold day" shares one of two words with "warm day".
     expected = [[1, 1], [1, 1], [0, 0.5], [0, 0], [0, 0]]
     assert scores.tolist() == [pytest.approx(row) for row in expected]
+    # And where the task says so, at other text.
+    said = [" a warm day dull warm", " warm dull day day", " dull day warm day"]
+    stopped = [tokenizer(text)["input_ids"][:4] for text in said]
+    scores = evaluation._completion_score(torch.tensor(stopped), [example] * 3, tokenizer, " dull")
+    assert scores.tolist() == [[1, 1], [1, 1], [0, 0]]

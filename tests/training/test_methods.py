@@ -4,12 +4,15 @@ import dataclasses
 import json
 import math
 import signal
+import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from addax_ds import loss
 from addax_ds.adapters.files import WEIGHTS
 from addax_ds.config import METHODS, LoraConfig, RunConfig, load_run
 from addax_ds.data.partition import partition
@@ -54,6 +57,7 @@ def test_a_method_sets_what_it_means_and_goes_by_its_name(method):
         ({"method": "adamw", "queries": 2}, "method adamw probes no directions: leave queries, directions"),
         ({"method": "ip-sgd", "directions": "per-micro-batch"}, "method ip-sgd probes no directions"),
         ({"method": "sgd", "query_schedule": {}}, "method sgd probes no directions"),
+        ({"method": "adamw", "max_loss": 3.0}, "method adamw skips no steps: leave max_loss out"),
         ({"steps": 0}, "steps is 0"),
     ],
 )
@@ -203,6 +207,29 @@ def test_adamw_trains_adapters(tiny, tmp_path, engine, adapter):
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
     assert (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_trained_in_bfloat16_is_scored_in_it_by_the_run_and_again(tiny, tmp_path, engine):
+    words = ["method=adamw", "lr=3e-3", "dtype=bfloat16", "steps=2", *ENGINES[engine], "output=out"]
+    for command in (["train", tiny.run_file, *words], ["eval", "out"]):
+        told = run(*command, cwd=tmp_path, before=TellsDtypes()).check().error
+        assert "logits in torch.bfloat16" in told and "logits in torch.float32" not in told
+
+
+@dataclass(frozen=True)
+class TellsDtypes:
+    """What logits are computed in."""
+
+    def __call__(self) -> None:
+        logits_at = loss._logits_at
+
+        def told(*arguments):
+            logits = logits_at(*arguments)
+            print(f"logits in {logits.dtype}", file=sys.stderr)
+            return logits
+
+        loss._logits_at = told
 
 
 @pytest.mark.parametrize("engine", ENGINES)
