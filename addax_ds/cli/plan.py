@@ -93,9 +93,8 @@ def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
         print(choice)
         steps, evaluates = _evaluating(steps, lt)
     tables = [_methods(asked, steps, lt)]
-    if asked.cluster.nodes > 1 and steps.run.directions == "shared":  # else there is one way to gather
-        told = "seconds of Addax's step, estimated, by what joins the nodes"
-        tables.append(_shown(steps, "links", told, links.rows(steps, lt)))
+    if steps.shards(asked.cluster.ranks) > 1 and steps.run.directions == "shared":  # else there is one way to gather
+        tables.append(_shown(steps, "links", links.about(steps), links.rows(steps, lt)))
     if steps.padding(asked.cluster.ranks) > _WORTH_TELLING:
         print(padding_of(steps.sizes, steps.shards(asked.cluster.ranks)))
     if asked.rehearse:

@@ -85,8 +85,8 @@ def points_of(comparison: Comparison, method: str) -> list[dict[str, Any]]:
 def trial(comparison: Comparison, method: str, point: dict[str, Any], seed: int) -> Trial:
     """The run of a point; raises `UserError` for settings that are wrong."""
     own = {name: value for name, value in comparison.methods[method].items() if name != "grid"}
-    shared = for_method(comparison.run, str(own.get("method")))
-    values = {**shared, **own, **point, "seed": seed}
+    own |= {**point, "seed": seed}
+    values = {**for_method(comparison.run, str(own.get("method"))), **own}
     return Trial(method, point, values, comparison.ranks, build(RunConfig, values, f"methods: {method}"))
 
 

@@ -7,28 +7,46 @@ from typing import Any
 from addax_ds.plan.methods import Steps
 from addax_ds.plan.seconds import estimate
 
-LINKS = (3200, 800, 400, 100, 25, 10)
+NODE_LINKS = (3200, 800, 400, 100, 25, 10)
 """Gbit/s into a node."""
+GPU_LINKS = (900, 450, 300, 64, 32, 16)
+"""GB/s into a GPU of one node: NVLink of three generations, and PCIe."""
+
+
+def about(steps: Steps) -> str:
+    """What the table tells."""
+    return (
+        f"seconds of Addax's step, estimated, by what joins the {'nodes' if _across_nodes(steps) else 'GPUs of a node'}"
+    )
+
+
+def _across_nodes(steps: Steps) -> bool:
+    """Whether weights are gathered from other nodes."""
+    return steps.cluster.nodes > 1 and int(steps.sharding["replicas"]) == 1
 
 
 def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
-    """A row a link between nodes: seconds of Addax's step with one gather of a weight, and with one for each forward.
+    """A row a link between nodes, or between the GPUs of one: seconds of Addax's step with one gather of a weight, and
+    with one for each forward.
 
     In lockstep each GPU draws the noise of all weights that pass; with `perturb: shard` each draws that of its
     own shard, and perturbed weights are gathered again for either point.
     """
     ranks = steps.cluster.ranks
     begun = {place: steps.begin("addax", lt, perturb=place) for place in ("gathered", "shard")}
-    own = steps.cluster.gpu.node_link * 8e-9
-    for link in sorted({own, *LINKS}, reverse=True):
-        gpu = dataclasses.replace(steps.cluster.gpu, node_link=link / 8e-9)
+    field, told, unit, links = "gpu_link", "GB/s into a GPU", 1e9, GPU_LINKS
+    if _across_nodes(steps):
+        field, told, unit, links = "node_link", "Gbit/s into a node", 1e9 / 8, NODE_LINKS
+    own = getattr(steps.cluster.gpu, field) / unit
+    for link in sorted({own, *links}, reverse=True):
+        gpu = dataclasses.replace(steps.cluster.gpu, **{field: link * unit})
         cluster = dataclasses.replace(steps.cluster, gpu=gpu)
         seconds = {
             place: estimate(future.result(), steps.config("addax", ranks, perturb=place), cluster, steps.weights).step
             for place, future in begun.items()
         }
         yield {
-            "Gbit/s into a node": link,
+            told: link,
             "one gather for all": seconds["gathered"],
             "a gather for each": seconds["shard"],
             "faster": "perturb: " + min(seconds, key=lambda place: seconds[place]),

@@ -135,7 +135,7 @@ def _few_layers(shape: PretrainedConfig, config: RunConfig) -> tuple[int, int]:
 def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
     """The same model with another number of blocks."""
     cut = {
-        name: value[:layers]  # one for each layer
+        name: (value * layers)[:layers]  # one for each layer
         for name, value in shape.to_dict().items()
         if isinstance(value, list) and len(value) == shape.num_hidden_layers
     }

@@ -123,10 +123,11 @@ def addax_alone():
 
 @pytest.mark.parametrize("settings", [["directions=per-micro-batch"], ["perturb=shard", "--rehearse"]])
 def test_other_ways_to_gather_are_planned_too(model, tmp_path, settings):
-    where = ["--nodes", "2", "--gpus-per-node", "1", "--long", "64", "--output", "plan"]
+    where = ["--nodes", "1", "--gpus-per-node", "2", "--long", "64", "--output", "plan"]
     run("plan", "--model", model, *where, *settings, cwd=tmp_path, seconds=800, before=addax_alone).check()
     tables = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert tables.keys() == ({"methods", "rehearsal", "links"} if "--rehearse" in settings else {"methods"})
+    assert all(row["GB/s into a GPU"] > 0 for row in tables.get("links", []))
     for row in tables.get("rehearsal", []):
         if row["figure"] == "model sizes received":
             assert row["rehearsed"] > 4
