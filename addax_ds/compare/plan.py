@@ -12,9 +12,14 @@ from pydantic.dataclasses import dataclass
 
 from addax_ds.config import Items, RunConfig, build, for_method, read_yaml, require
 from addax_ds.errors import UserError
-from addax_ds.training.run import prepare
+from addax_ds.training.run import Prepared, pools_of, prepare_inputs
 
 _SETTINGS = ConfigDict(extra="forbid")
+_OF_DATA = (
+    *("model", "data", "eval_data", "task", "train_samples", "dev_samples", "eval_samples"),
+    *("adapter", "ds_config"),
+)
+"""What a run's inputs depend on, and its seed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_SETTINGS)
@@ -93,14 +98,18 @@ def trial(comparison: Comparison, method: str, point: dict[str, Any], seed: int)
 def check(comparison: Comparison) -> None:
     """Raises `UserError` for any run's settings and a method's data, before the first starts, and where grids differ in
     size."""
-    sizes = {}
+    sizes: dict[str, int] = {}
+    inputs: dict[str, Prepared] = {}
     for method in comparison.methods:
         points = points_of(comparison, method)
         configs = [trial(comparison, method, point, seed).config for point in points for seed in comparison.seeds]
         for config in configs:
             require(config.dev_samples > 0, "grids are compared on samples of their own: set dev_samples in run")
         try:
-            prepare(configs[0])
+            of_data = repr([getattr(configs[0], name) for name in _OF_DATA])  # which most methods have in common
+            if of_data not in inputs:
+                inputs[of_data] = prepare_inputs(configs[0])
+            pools_of(inputs[of_data], configs[0])
         except UserError as error:
             raise UserError(f"methods: {method}: {error}") from None
         if configs[0].method_name != "zero-shot":

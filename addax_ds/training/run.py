@@ -115,13 +115,12 @@ def _fitted(task: TaskConfig | str, records: list[dict[str, Any]]) -> tuple[Task
     return named_task(task, records) if isinstance(task, str) else (task, records)
 
 
-def prepare(config: RunConfig) -> tuple[Prepared, Partition]:
-    """Inputs of a run, and the pools that its steps draw from; every fault in them is a `UserError`."""
-    prepared = prepare_inputs(config)
+def pools_of(prepared: Prepared, config: RunConfig) -> Partition:
+    """What the steps of a run draw from; raises `UserError` where that is too little."""
     pools = partition([example.length for example in prepared.train], config.lt)
     if config.steps:
         check_pools(pools, config.k0, config.k1, config.alpha)
-    return prepared, pools
+    return pools
 
 
 def train(config: RunConfig) -> dict[str, Any] | None:
@@ -131,7 +130,8 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     after SIGTERM, once the step under way is saved.
     """
     started = time.monotonic()
-    prepared, pools = prepare(config)
+    prepared = prepare_inputs(config)
+    pools = pools_of(prepared, config)
     if summary := finished(config, pools):
         if os.environ["RANK"] != "0":
             return None
