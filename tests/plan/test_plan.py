@@ -206,7 +206,7 @@ def test_a_rehearsal_that_is_killed_is_one_line():
         (["--model", "facebook/opt-13b", "--lt", "600"], "lt is 600 and long 512"),
         (["--model", "facebook/opt-13b", "--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--model", "facebook/opt-13b", "--output", "taken/plan"], "taken: no folder that can be written"),
-        (["RUN", "--tokenizer", "TINY", "--model", "short"], "the model takes 20"),
+        (["RUN", "--tokenizer", "TINY", "--model", "short"], "the model takes 10"),
         (["--model", "facebook/opt-13b", "--data", "movies", "--lt", "60"], "leave --long and --lt out"),
         (["--model", "facebook/opt-13b", "--long", "0"], "long is 0"),
         (["--model", "facebook/opt-13b", "--long", "4096"], "longer than the 2048 that facebook/opt-13b takes"),
@@ -218,7 +218,7 @@ def test_what_is_wrong_is_one_line(tiny, model, tmp_path, words, told):
     (tmp_path / "taken").touch()
     shape = json.loads((model / "config.json").read_text())
     (tmp_path / "short").mkdir()
-    (tmp_path / "short" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 20}))
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 10}))
     places = {"RUN": tiny.run_file, "TINY": tiny.model}
     done = run("plan", *(places.get(word, word) for word in words), cwd=tmp_path)
     told_of = " ".join(done.errors[0].split())

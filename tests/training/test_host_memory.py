@@ -75,7 +75,7 @@ def test_a_rank_holds_its_shard_and_a_parameter_while_it_loads(world: World, fol
     most = shard + max(sizes) + KEPT
     settings = {"config": configs["large"], "first": configs["small"]}
     apart = world.run(growth_in_loading, **settings, whole=False)
-    assert shard < min(apart) and max(apart) < most
+    assert shard - KEPT < min(apart) and max(apart) < most  # what is kept of one load may serve the next
     assert min(world.run(growth_in_loading, **settings, whole=True)) > most
 
 
