@@ -19,6 +19,10 @@ class RankLostError(Exception):
     """A collective failed because another rank has ended or does not answer."""
 
 
+class OutOfMemoryError(Exception):
+    """A rank has too little memory for what its settings ask."""
+
+
 def of_another_rank(error: BaseException | None) -> BaseException | None:
     """That error, or one that it followed upon, which is of a collective that another rank has left; else None."""
     closed = ("closed by peer", "reset by peer", "broken pipe", "connection refused")

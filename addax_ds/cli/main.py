@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from addax_ds.config import RunConfig, load_run
-from addax_ds.errors import PreemptedError, RankLostError, UserError
+from addax_ds.errors import OutOfMemoryError, PreemptedError, RankLostError, UserError
 
 SECONDS_TO_BE_ENDED = 10  # launchers look after their processes once a second
 
@@ -108,7 +108,9 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200 or l40s.")] = "h100",
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU, such as 80GiB; else of its kind.")] = None,
-    gpu_flops: Annotated[str | None, typer.Option(help="What a GPU computes, such as 989TFLOP/s in bfloat16.")] = None,
+    gpu_flops: Annotated[
+        str | None, typer.Option(help="What a GPU computes in the run's dtype, such as 989TFLOP/s.")
+    ] = None,
     gpu_bandwidth: Annotated[str | None, typer.Option(help="Of a GPU's own memory, such as 3.35TB/s.")] = None,
     gpu_link: Annotated[str | None, typer.Option(help="What joins GPUs of a node, such as 450GB/s.")] = None,
     node_link: Annotated[str | None, typer.Option(help="What joins nodes, all cards, such as 3200Gbit/s.")] = None,
@@ -210,6 +212,9 @@ def main() -> None:
     except RankLostError as lost:
         print(f"addax-ds: {lost}", file=sys.stderr)
         sys.exit(1)
+    except OutOfMemoryError as short:  # of this rank, perhaps alone: so each says so at once
+        print(f"addax-ds: {short}", file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             if error.filename is None:

@@ -1,6 +1,7 @@
 """Run what a comparison plans, so many runs at once; what is done already is not run again."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import queue
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from addax_ds.compare.plan import Comparison, Trial, points_of, trial
-from addax_ds.compare.results import Result, read_result
+from addax_ds.compare.results import FAULTS, Result, read_result
 from addax_ds.cores import available_cores
 from addax_ds.errors import UserError
 from addax_ds.training.folder import SUMMARY
@@ -31,7 +33,8 @@ def execute(comparison: Comparison, output: Path, at_once: int = 1) -> tuple[lis
 
     The grid is run with the first seed, and the point with the highest score on the dev samples with
     the others. at_once: runs beside each other, which share GPUs and CPU threads out. A run that
-    diverges is a result; raises `UserError` where one cannot run at all, once those beside it are over.
+    diverges or is out of memory is a result; raises `UserError` where one cannot run at all, once those beside it are
+    over.
     """
     first, *others = comparison.seeds
     with _Runs(output, at_once, comparison.ranks) as runs:
@@ -42,7 +45,7 @@ def execute(comparison: Comparison, output: Path, at_once: int = 1) -> tuple[lis
                 for point in points_of(comparison, method)
             ]
         )
-        # Where every point diverges, the first stands for the method.
+        # Where no point comes to its end, the first stands for the method.
         best = {
             method: max(
                 (result for result in tried if result.trial.method == method),
@@ -58,7 +61,7 @@ def execute(comparison: Comparison, output: Path, at_once: int = 1) -> tuple[lis
             ]
         )
     seeds = {method: [result for result in repeated if result.trial.method == method] for method in best}
-    seconds = sum(result.summary.get("seconds_total", 0.0) for result in (*tried, *repeated))
+    seconds = sum(result.seconds for result in (*tried, *repeated))
     return [result for method in best for result in (best[method], *seeds[method])], seconds
 
 
@@ -105,22 +108,23 @@ class _Runs:
 
     def _run(self, trial: Trial) -> Result:
         folder = self._output / trial.method / trial.name
-        log, fault = (folder.with_name(f"{folder.name}.{ending}") for ending in ("log", "fault"))
-        if fault.exists():
-            return Result(trial, folder, fault=fault.read_text())
-        if not (folder / SUMMARY).exists():
+        log, fault, taken = (folder.with_name(f"{folder.name}.{ending}") for ending in ("log", "fault", "seconds"))
+        if not fault.exists() and not (folder / SUMMARY).exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             run_file = folder.with_name(f"{folder.name}.yaml")
             run_file.write_text(yaml.safe_dump({**trial.values, "output": str(folder)}, sort_keys=False))
             with log.open("wb") as file, self._own_gpus() as environment:
+                begun = time.monotonic()
                 status = self._to_its_end(_command(trial, run_file), file, {**self._environment(), **environment})
+            # Of a run that goes on, all its parts.
+            write_whole(taken, str(_seconds(taken) + time.monotonic() - begun).encode())
             if status:
                 complaint = _complaint(log)
-                if "lower lr" not in complaint:
+                if not any(words in complaint for words in FAULTS):
                     raise UserError(f"{trial.method}: {complaint or 'the run failed'}: see {log}")
                 write_whole(fault, complaint.encode())
-                return Result(trial, folder, fault=complaint)
-        return read_result(trial, folder)
+        result = Result(trial, folder, fault=fault.read_text()) if fault.exists() else read_result(trial, folder)
+        return dataclasses.replace(result, seconds=_seconds(taken))
 
     @contextlib.contextmanager
     def _own_gpus(self) -> Iterator[dict[str, str]]:
@@ -159,6 +163,10 @@ def _visible_gpus() -> list[str]:
     """The GPUs that this process may use, as its environment names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _seconds(taken: Path) -> float:
+    return float(taken.read_text()) if taken.exists() else 0.0
 
 
 def _complaint(log: Path) -> str:

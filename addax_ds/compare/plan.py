@@ -12,14 +12,15 @@ from pydantic.dataclasses import dataclass
 
 from addax_ds.config import Items, RunConfig, build, for_method, read_yaml, require
 from addax_ds.errors import UserError
+from addax_ds.training.models import read_ds_config
 from addax_ds.training.run import Prepared, pools_of, prepare_inputs
 
 _SETTINGS = ConfigDict(extra="forbid")
 _OF_DATA = (
     *("model", "data", "eval_data", "task", "train_samples", "dev_samples", "eval_samples"),
-    *("adapter", "ds_config"),
+    *("adapter", "seed"),
 )
-"""What a run's inputs depend on, and its seed."""
+"""What a run's inputs depend on."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_SETTINGS)
@@ -43,7 +44,7 @@ class Comparison:
             # They name folders.
             require(bool(re.fullmatch(r"\w[\w .-]*", name)), f"methods: {name}: use letters, digits, spaces, . _ and -")
         require(len(self.seeds) >= 3, f"seeds has {len(self.seeds)}: a spread needs 3 or more")
-        require(len(set(self.seeds)) == len(self.seeds), "seeds holds one twice")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds holds one twice: each is a run of its own")
         for target in self.targets:
             named = isinstance(target, str)
             require(not named or target in self.methods, f"targets: {target} is no method: name one, or give a score")
@@ -83,7 +84,9 @@ def points_of(comparison: Comparison, method: str) -> list[dict[str, Any]]:
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise UserError(f"methods: {method}: grid gives each setting a list of values: mend it")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    require(all(points.count(point) == 1 for point in points), f"methods: {method}: grid has a point twice")
+    require(
+        all(points.count(point) == 1 for point in points), f"methods: {method}: grid has a point twice: leave one out"
+    )
     return points
 
 
@@ -96,24 +99,28 @@ def trial(comparison: Comparison, method: str, point: dict[str, Any], seed: int)
 
 
 def check(comparison: Comparison) -> None:
-    """Raises `UserError` for any run's settings and a method's data, before the first starts, and where grids differ in
-    size."""
+    """Raises `UserError` for any run's settings and data, before the first starts, and where grids differ in size."""
+    planned: dict[str, list[RunConfig]] = {}
     sizes: dict[str, int] = {}
-    inputs: dict[str, Prepared] = {}
     for method in comparison.methods:
         points = points_of(comparison, method)
         configs = [trial(comparison, method, point, seed).config for point in points for seed in comparison.seeds]
         for config in configs:
             require(config.dev_samples > 0, "grids are compared on samples of their own: set dev_samples in run")
-        try:
-            of_data = repr([getattr(configs[0], name) for name in _OF_DATA])  # which most methods have in common
-            if of_data not in inputs:
-                inputs[of_data] = prepare_inputs(configs[0])
-            pools_of(inputs[of_data], configs[0])
-        except UserError as error:
-            raise UserError(f"methods: {method}: {error}") from None
+        planned[method] = configs
         if configs[0].method_name != "zero-shot":
             sizes[method] = len(points)
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{method} {size}" for method, size in sizes.items())
         raise UserError(f"grids differ in size ({told} points): give every method as many")
+    inputs: dict[str, Prepared] = {}
+    for method, config in ((method, config) for method, configs in planned.items() for config in configs):
+        try:
+            if config.engine == "deepspeed":
+                read_ds_config(config)
+            of_data = repr([getattr(config, name) for name in _OF_DATA])  # which most runs have in common
+            if of_data not in inputs:
+                inputs[of_data] = prepare_inputs(config)
+            pools_of(inputs[of_data], config)
+        except UserError as error:
+            raise UserError(f"methods: {method}: {error}") from None

@@ -21,6 +21,8 @@ from addax_ds.training.metrics import Summary, check_kind, read_json, read_metri
 
 TABLE = "comparison.json"
 PLOT = "scores.png"
+FAULTS = {"lower lr": "diverged", "out of memory": "out of memory"}
+"""Words of the complaints of runs that are results all the same, and what they are called in the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Result:
     losses: tuple[float, float] | None = None
     """Mean training loss in the first fifth of the steps and in the last; None of a run without steps."""
     fault: str = ""
+    seconds: float = 0.0
+    """From its start to its end, of all its parts where it has gone on."""
 
     @property
     def metric(self) -> str:
         """The score that counts."""
-        return _metric(self.summary)
+        return str(self.summary["metric_name"])
 
     @property
     def dev_score(self) -> float:
@@ -74,7 +78,7 @@ def read_result(trial: Trial, folder: Path) -> Result:
     check_kind(summary, Summary, str(folder / SUMMARY))
     # Of a run that has lost lines, sums over them would be too small.
     config, records = trial.config, [] if summary["metrics_lost"] else read_metrics(folder)
-    metric = _metric(summary)
+    metric = summary["metric_name"]
     drawn = len(config.zo_sizes) if config.directions == "per-micro-batch" else 1  # directions of one query
     first_order = config.k1 * (config.alpha < 1)
     seconds = list(itertools.accumulate(record["seconds"] for record in records))
@@ -104,13 +108,8 @@ def _loss(record: dict[str, Any]) -> float:
     return statistics.fmean(told + ([fo] if fo is not None else []))
 
 
-def _metric(summary: dict[str, Any]) -> str:
-    """F1 of completions, else what the run reports first."""
-    return "f1" if "f1_after" in summary else summary["metric_name"]
-
-
 def _mean_course(results: Sequence[Result]) -> list[Score]:
-    """The mean over seeds; empty where one of them diverged, for the others would be the lucky ones."""
+    """The mean over seeds; empty where one of them has no scores, for the others would be the lucky ones."""
     if any(result.fault for result in results):
         return []
     together = zip(*(result.course for result in results), strict=False)
@@ -150,7 +149,8 @@ def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, An
             "points tried": len(points_of(comparison, method)),
             "best point": own[0].trial.point,
             "runs": len(good),
-            "diverged": len(own) - len(good),
+            **{kind: sum(words in result.fault for result in own) for words, kind in FAULTS.items()},
+            "lost lines": sum(summary["metrics_lost"] > 0 for summary in summaries),
         }
         table.append(row)
         if not good:
@@ -201,15 +201,15 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
         shown.add_column(f"samples to {title}", justify="right")
     for row in rows(comparison, results):
         point = " ".join(f"{name}={value}" for name, value in row["best point"].items())
+        marks = "".join(f", {row[kind]} {kind}" for kind in (*FAULTS.values(), "lost lines") if row[kind])
         if not row["runs"]:
-            shown.add_row(escape(row["method"]), f"{row['points tried']}: every one diverged")
+            shown.add_row(escape(row["method"]), f"{row['points tried']}: none ran to its end", f"(0 runs{marks})")
             continue
-        diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
         spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
         cells = [
             escape(row["method"]),
             escape(f"{row['points tried']}: {point}") if point else "-",
-            f"{row['metric']} {row['score']:.3f}{spread} ({row['runs']} runs{diverged})",
+            f"{row['metric']} {row['score']:.3f}{spread} ({row['runs']} runs{marks})",
             " → ".join(f"{loss:.2f}" for loss in row["losses"] or ()) or "-",
             "-" if row["seconds per step"] is None else f"{row['seconds per step']:.2f}",
             f"{row['peak memory bytes'] / 2**30:.2f} GiB",

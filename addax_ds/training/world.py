@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from addax_ds.errors import PreemptedError, RankLostError, UserError, of_another_rank
+from addax_ds.errors import OutOfMemoryError, PreemptedError, RankLostError, UserError, of_another_rank
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -100,7 +101,7 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
     """Join the process group for the length of the context (`discover` comes first).
 
     A collective that takes longer than `timeout_minutes` has lost a rank. Raises `RankLostError` then,
-    and where another rank has ended.
+    and where another rank has ended, and `OutOfMemoryError` where this one has too little memory.
     """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
@@ -146,6 +147,12 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
                 f"rank {rank}: another rank has ended or did not answer for {timeout_minutes:g} minutes "
                 f"({reason}): see what it or its node says; a run with output=FOLDER goes "
                 "on when it is started again"
+            ) from error
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            told = shorten(str(error), 160, placeholder="...")
+            raise OutOfMemoryError(
+                f"rank {rank} is out of memory ({told}): lower zo_micro_batch, fo_micro_batch, lt or eval_micro_batch, "
+                "or take more ranks; addax-ds plan tells what fits"
             ) from error
         raise
     finally:

@@ -74,6 +74,11 @@ def test_a_methods_meaning_comes_before_what_all_runs_share(tiny):
         ({"methods": {"a": {"lrr": 3}}}, "methods: a: unknown key lrr, did you mean lr?"),
         ({"methods": {"a": {"method": "sgdd"}}}, "method is sgdd"),
         ({"methods": {"a": {"k0": 5000}}}, "methods: a: k0=5000 is more than the"),
+        ({"methods": {"a": {"grid": {"k0": [4, 5000]}}}}, "methods: a: k0=5000 is more than the"),
+        (
+            {"methods": {"a": {}, "b": {"engine": "deepspeed", "ds_config": "none.json"}}},
+            "methods: b: ds_config none.json",
+        ),
         ({"methods": {"a": {"grid": {"lr": [1, 2]}}, "b": {"grid": {"lr": [1]}}}}, r"grids differ in size \(a 2, b 1"),
         ({"targets": ["adam"]}, "targets: adam is no method"),
         ({"rnks": 2}, "unknown key rnks, did you mean ranks?"),
@@ -97,9 +102,10 @@ def test_a_run_with_other_ranks_is_another_run(tiny):
     assert len(names) == 2
 
 
-def results_of(planned, method, scores, diverged=0):
+def results_of(planned, method, scores, diverged=0, out_of_memory=0, lost=0):
     """Results of runs with these held-out scores, which reach 0.6 after the second of their steps."""
-    made = [trial(planned, method, {"lr": 0.3}, seed) for seed in range(len(scores) + diverged)]
+    faults = ["lower lr"] * diverged + ["out of memory"] * out_of_memory
+    made = [trial(planned, method, {"lr": 0.3}, seed) for seed in range(len(scores) + len(faults))]
     ended = [
         Result(
             one,
@@ -112,13 +118,14 @@ def results_of(planned, method, scores, diverged=0):
                     "step_memory_bytes": [5, 7],
                     "trainable_parameters": 11,
                 },
-                "wire_bytes_per_step": {"all_gather": 3, "all_reduce": 1},
+                **{"wire_bytes_per_step": {"all_gather": 3, "all_reduce": 1}, "metrics_lost": lost},
             },
             (Score(2.0, 10, 0.5), Score(4.0 + number, 20, 0.6)),
         )
         for number, (one, score) in enumerate(zip(made, scores, strict=False))
     ]
-    return ended + [Result(one, one.config.output, fault="lower lr") for one in made[len(scores) :]]
+    without = zip(made[len(scores) :], faults, strict=True)
+    return ended + [Result(one, one.config.output, fault=fault) for one, fault in without]
 
 
 def test_a_row_is_the_mean_and_spread_over_seeds_and_what_it_cost(tiny):
@@ -155,8 +162,39 @@ def test_a_method_that_diverges_everywhere_keeps_its_row(tiny, tmp_path):
     results = results_of(planned, "addax", [], diverged=1) + results_of(planned, "zero-shot", [0.5, 0.5, 0.5])
     first, second = rows(planned, results)
     assert first["diverged"] == 1 and first["runs"] == 0 and second["score"] == 0.5
-    Console(file=io.StringIO()).print(table(planned, results))
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(table(planned, results))
+    assert "2: none ran to its end" in shown.getvalue() and "0 runs, 1 diverged" in shown.getvalue()
     assert write(planned, results, tmp_path).exists()
+
+
+def test_runs_that_were_out_of_memory_or_have_lost_lines_are_counted_in_the_table(tiny):
+    planned = comparison(tiny, {"addax": METHODS["addax"], "zero-shot": METHODS["zero-shot"]})
+    results = results_of(planned, "addax", [0.5], out_of_memory=2) + results_of(planned, "zero-shot", [0.5], lost=3)
+    first, second = rows(planned, results)
+    assert (first["out of memory"], first["diverged"], first["lost lines"]) == (2, 0, 0)
+    assert (second["out of memory"], second["diverged"], second["lost lines"]) == (0, 0, 1)
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(table(planned, results))
+    assert "1 runs, 2 out of memory" in shown.getvalue() and "1 runs, 1 lost lines" in shown.getvalue()
+
+
+def test_a_method_that_does_not_fit_is_a_row_beside_those_that_do(tiny, tmp_path):
+    """More bytes than any machine can address."""
+    methods = {
+        "large": {"method": "adamw", "adapter": {"kind": "lora", "rank": 10**12}},
+        "zero-shot": METHODS["zero-shot"],
+    }
+    file = tmp_path / "compare.yaml"
+    file.write_text(yaml.safe_dump({"run": shared(tiny), "methods": methods}))
+    done = run("compare", file, "--output", "out", cwd=tmp_path, seconds=300, plots=True).check()
+    large, zero_shot = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    assert large["out of memory"] == 1 and large["runs"] == 0 and zero_shot["runs"] == 3
+    (log,) = (tmp_path / "out" / "large").glob("*.log")
+    complaint = log.read_text().splitlines()[-1]
+    assert complaint.startswith("addax-ds: rank 0 is out of memory (") and "Traceback" not in log.read_text()
+    assert "lower zo_micro_batch, fo_micro_batch, lt or eval_micro_batch, or take more ranks" in complaint
+    assert "all runs took" in done.output
 
 
 def mean_loss(output, step):
