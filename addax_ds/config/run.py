@@ -110,7 +110,7 @@ class RunConfig(AddaxConfig):
         adapter = values.get("adapter", defaults.get("adapter"))
         kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
         eps = {"eps": EPS[kind]} if kind in EPS else {}
-        return {**SPLITS.get(str(values.get("data")).partition(":")[0], {}), **eps, **defaults}
+        return {**SPLITS.get(str(values.get("data")), {}), **eps, **defaults}
 
     @property
     def method_name(self) -> str:

@@ -31,6 +31,9 @@ def _yes_or_no(prompt: str, yes: int = 1) -> TaskConfig:
     return TaskConfig(prompt=prompt, label="label", labels={str(1 - yes): "No", str(yes): "Yes"})
 
 
+_BOOLQ = TaskConfig(prompt="{passage} {question}?\n", label="answer", labels={"False": "No", "True": "Yes"})
+
+
 def _sst2(record: Record) -> Record:
     # The dataset ends every sentence with a space.
     return {**record, "sentence": record["sentence"].strip()}
@@ -96,7 +99,8 @@ HUB_TASKS: dict[str, HubTask] = {
             labels={"0": "Yes", "1": "No", "2": "Maybe"},
         ),
     ),
-    "boolq": HubTask(f"{_SUPER_GLUE}:boolq", _yes_or_no("{passage} {question}?\n"), _boolq),
+    # Not SuperGLUE's, whose passages begin with their titles.
+    "boolq": HubTask("google/boolq", _BOOLQ, _boolq),
     "wsc": HubTask(
         f"{_SUPER_GLUE}:wsc.fixed",
         _yes_or_no(

@@ -29,8 +29,8 @@ class EvaluationStoppedError(Exception):
 
 
 def metric_name(examples: Sequence[Example]) -> str:
-    """What `evaluate` reports first: accuracy for label words and choices, exact_match for completions."""
-    return "accuracy" if examples[0].choices else "exact_match"
+    """The score that counts: accuracy for label words and choices, F1 for completions, as in MeZO's protocol."""
+    return "accuracy" if examples[0].choices else "f1"
 
 
 def evaluate(

@@ -302,7 +302,7 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
 
 def _score_names(summary: dict[str, Any]) -> tuple[str, ...]:
     name = summary["metric_name"]
-    return (name, "f1") if name == "exact_match" else (name,)
+    return (name, "exact_match") if name == "f1" else (name,)
 
 
 def _words(name: str) -> str:

@@ -34,7 +34,7 @@ CASES = {
         [2],
     ),
     "boolq": (
-        {"question": "is the sea salt", "passage": "Seas hold salt.", "label": 1, "idx": 0},
+        {"question": "is the sea salt", "passage": "Seas hold salt.", "answer": True},
         "Seas hold salt. Is the sea salt?\n",
         ["No", "Yes"],
         [1],
@@ -159,6 +159,8 @@ def many(name, count=24):
             one["entities"] = record["entities"] + ["Bonn", "Bern"][: number % 3]
         elif "label" in record:
             one["label"] = number % (3 if name == "cb" else 2)
+        elif name == "boolq":
+            one["answer"] = number % 2 == 0
         made.append(one)
     return made
 
@@ -177,9 +179,9 @@ def test_a_run_of_every_task_comes_to_its_end(tiny, model, tmp_path, name):
     ]
     run("train", tiny.run_file, *words, f"model={model}", "output=out", cwd=tmp_path).check()
     summary = read_json(tmp_path / "out" / "summary.json")
-    metric = "exact_match" if name in ("squad", "drop") else "accuracy"
+    metric = "f1" if name in ("squad", "drop") else "accuracy"
     assert summary["metric_name"] == metric and 0 <= summary[f"{metric}_after"] <= 1
-    assert (metric == "accuracy") or 0 <= summary["f1_after"] <= 1
+    assert metric == "accuracy" or 0 <= summary["exact_match_after"] <= summary["f1_after"]
 
 
 @pytest.mark.parametrize("name", EMBEDDED_DATA)
@@ -196,10 +198,11 @@ def test_a_task_by_name_takes_the_protocols_samples_unless_told_otherwise():
         return config.train_samples, config.dev_samples, config.eval_samples
 
     assert SPLITS.keys() == HUB_TASKS.keys()
-    assert split(data="squad") == split(data="rte:train") == (1000, 500, 1000)
+    assert split(data="squad") == split(data="rte") == (1000, 500, 1000)
     assert split(data="copa") == (1000, 100, 1000)
     assert split(data="sst2", dev_samples=7, train_samples=None) == (None, 7, 1000)
     assert split(data="movies") == split(data="reviews.jsonl", task="sst2") == split() == (1000, 0, 500)
+    assert split(data="rte:train") == split()  # which has no more than that
 
 
 def test_a_small_task_by_name_is_taken_whole(tiny, model, monkeypatch):
@@ -247,8 +250,9 @@ def test_multiple_choice_trains_on_the_right_answer_alone(tokenizer):
 
 DATASETS = {
     "sst2": ("nyu-mll/glue", "sst2"),
-    **{name: ("aps/super_glue", name) for name in ("rte", "cb", "boolq", "wic", "multirc", "copa", "record")},
+    **{name: ("aps/super_glue", name) for name in ("rte", "cb", "wic", "multirc", "copa", "record")},
     "wsc": ("aps/super_glue", "wsc.fixed"),
+    "boolq": ("google/boolq", None),
     "squad": ("rajpurkar/squad", None),
     "drop": ("ucinlp/drop", None),
 }

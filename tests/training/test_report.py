@@ -108,7 +108,7 @@ RUNS = {
     "all steps skipped": {"skipped": tuple(range(1, 21))},
     "no evaluation": {"scores": False},
     "null evaluation": {"accuracy_before": None, "accuracy_after": None},
-    "completion": {"metric": "exact_match", "f1_before": 0.6, "f1_after": 0.9},
+    "completion": {"metric": "f1", "exact_match_before": 0.6, "exact_match_after": 0.9},
     "one process": {"world_size": 1, "wire_bytes_per_step": {}, "peak_memory_bytes": [2**30]},
     "L_T above every length": {"lt": 500},
     "L_T below every length": {"lt": 1},
@@ -233,10 +233,10 @@ def test_accuracy_plot_of_many_evaluations_labels_only_the_ends(tmp_path):
 
 
 def test_completion_runs_show_exact_match_and_f1(tmp_path):
-    folder = make_run(tmp_path, metric="exact_match", f1_before=0.6, f1_after=0.9)
+    folder = make_run(tmp_path, metric="f1", exact_match_before=0.6, exact_match_after=0.7)
     assert {"exact match", "F1"} <= set(legend(draw("accuracy", folder)))
     table = printed(read_json(folder / "summary.json"))
-    assert all(words in table for words in ("exact match after", "0.848", "F1 before", "0.600"))
+    assert all(words in table for words in ("F1 after", "0.848", "exact match before", "0.600"))
 
 
 @pytest.mark.parametrize("lt", [5, 20, 24, 70])
