@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -217,9 +218,11 @@ class RunState:
             self._say(f"no checkpoint of step {self.steps}: {name} has weights that are not finite")
         if self._spoilt_in_row >= self._config.max_skipped:
             self._checkpoints.wait()
+            most = self._config.max_loss
+            limit = f", or losses above max_loss={most:g}" if most < math.inf else ""
             raise UserError(
                 f"{self._spoilt_in_row} steps in a row, up to step {self.steps}, had losses or gradients that are not "
-                "finite: lower lr, or look at the data; the checkpoints before them are intact"
+                f"finite{limit}: lower lr, or look at the data; the checkpoints before them are intact"
             )
 
     def end_early(self) -> NoReturn:
