@@ -7,15 +7,33 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/start.sh"
 
+# A word as the nodes' bash and pdsh, which takes % for its own, read it whole, without spaces, which DeepSpeed would quote.
+remote() {
+  [[ $1 =~ ^[a-zA-Z0-9_./=:,@+-]+$ ]] && printf %s "$1" && return
+  printf "$'%s'" "$(printf %s "$1" | od -An -v -tx1 | tr -d ' \n' | sed 's/../\\x&/g')"
+}
+
 hostfile=${HOSTFILE:-$here/hostfile}
-head=${HEAD:-$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")}
+first=$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")
+# Slurm numbers its ranks by its own list of nodes.
+[ "${LAUNCHER:-}" != slurm ] || [ -z "${SLURM_JOB_NODELIST:-}" ] ||
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+head=${HEAD:-$first}
 port=${PORT:-29500}
 # --force_multi: else a hostfile of one node starts ranks on this one, whatever its name.
 command=(deepspeed --hostfile "$hostfile" --force_multi --no_local_rank --master_addr "$head" --master_port "$port")
 case ${LAUNCHER:=pdsh} in
-  pdsh) command+=(--launcher pdsh) ;;
-  # DeepSpeed names eth0 itself where nobody names an interface.
-  openmpi) command+=(--launcher openmpi --no_ssh_check --launcher_args "--mca btl_tcp_if_include ${INTERFACE:-eth0}") ;;
+  pdsh)
+    command+=(--launcher pdsh)
+    words=()
+    for word in "$@"; do words+=("$(remote "$word")"); done
+    set -- "${words[@]}"
+    ;;
+  # DeepSpeed names eth0 itself where nobody names an interface. --bind-to none: else all threads of a rank share one core.
+  openmpi)
+    command+=(--launcher openmpi --no_ssh_check)
+    command+=(--launcher_args "--bind-to none --mca btl_tcp_if_include ${INTERFACE:-eth0}")
+    ;;
   slurm)
     # DeepSpeed's launcher for it tells ranks no address: srun hands on the environment. Nor how many go on a node.
     slots=$(awk 'NF && $1 !~ /^#/ { sub(/.*slots=/, ""); print $1; exit }' "$hostfile")

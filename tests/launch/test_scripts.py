@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cli.commands import environment, free_port, run
 from tests.launch.processes import ROOT, TRAIN
+from tests.training.tiny import LABELS
 
 LAUNCH = ROOT / "launch"
 PYTHON = Path(sys.executable).with_name("python")
 SECONDS = 600
 ZEROTH_ORDER = ["alpha=1", "lr=0.01", "save=false", "output=out"]
-NASTY = 'task.prompt={text} isn\'t "$HOME"'
+NASTY = 'task.prompt={text} isn\'t "$HOME" \\n %h; é'
 
 
 def script(name, *words, cwd=None, first=None, **variables):
@@ -31,7 +33,11 @@ def script(name, *words, cwd=None, first=None, **variables):
     ("name", "variables", "started"),
     [
         ("deepspeed.sh", {}, ["deepspeed", "--launcher", "pdsh", "--master_addr", "node-0"]),
-        ("deepspeed.sh", {"LAUNCHER": "openmpi"}, ["--launcher", "openmpi", "--mca btl_tcp_if_include eth0"]),
+        (
+            "deepspeed.sh",
+            {"LAUNCHER": "openmpi"},
+            ["--launcher", "openmpi", "--bind-to none --mca btl_tcp_if_include eth0"],
+        ),
         (
             "deepspeed.sh",
             {"LAUNCHER": "slurm", "HEAD": "n"},
@@ -41,6 +47,7 @@ def script(name, *words, cwd=None, first=None, **variables):
         ("deepspeed.sh", {"LAUNCHER": "slurm"}, ["--launcher", "slurm", "--launcher_args", "--ntasks-per-node 8"]),
         ("torchrun.sh", {"HEAD": "n", "NODES": 4}, ["torchrun", "--nnodes", "4", "c10d", "n:29500"]),
         ("mpirun.sh", {"HOSTFILE": "hosts"}, ["mpirun", "--hostfile", "hosts", str(PYTHON)]),
+        ("mpirun.sh", {"MPI_OPTIONS": "-x A=b"}, ["mpirun", "-x", "A=b", str(PYTHON)]),
         ("torchrun.sbatch", {"HEAD": "n", "SLURM_NNODES": 4}, ["srun", "--nodes", "4", "launch/torchrun.sh"]),
     ],
 )
@@ -48,8 +55,16 @@ def test_a_dry_run_prints_the_command_with_every_argument_whole_and_starts_nothi
     done = script(name, "--dry-run", "run.yaml", NASTY, **variables)
     assert done.returncode == 0 and done.stdout.count("\n") == 1, done
     words = shlex.split(done.stdout)
-    assert words[-2:] == ["run.yaml", NASTY]
+    last = read_on_a_node(words[-2:]) if "pdsh" in words else words[-2:]
+    assert last == ["run.yaml", NASTY]
     assert set(started) <= set(words), words
+
+
+def read_on_a_node(words):
+    """What comes of words that DeepSpeed leaves as they are and pdsh hands to a shell."""
+    assert not any(" " in word or "%" in word for word in words)
+    read = subprocess.run(["bash", "-c", "printf '%s\\0' " + " ".join(words)], capture_output=True, text=True)
+    return read.stdout.split("\0")[:-1]
 
 
 @pytest.mark.parametrize(
@@ -69,21 +84,41 @@ def test_what_is_missing_is_one_line_and_nothing_is_started(name, variables, com
 
 
 SRUN = """#!/usr/bin/env bash
-# Two tasks of a Slurm step, on this machine.
+# A Slurm step on this machine: of so many tasks, or of one on each of so many nodes.
 set -euo pipefail
-while [[ $1 == -* ]]; do shift $([[ $1 == -n || $1 == --ntasks-per-node ]] && echo 2 || echo 1); done
-export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_ID=0
-SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
+tasks=1
+while [[ $1 == -* ]]; do
+  case $1 in
+    -n | --nodes) tasks=$2; shift 2 ;;
+    --ntasks-per-node) shift 2 ;;
+    --export) IFS=, read -ra variables <<< "${2#ALL,}"; export "${variables[@]}"; shift 2 ;;
+    *) shift ;;
+  esac
+done
+export SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_ID=0
+for ((task = 1; task < tasks; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
-wait $!
+wait
+"""
+SCONTROL = """#!/bin/sh
+# The nodes of a list.
+echo "$3" | tr , '\\n'
+"""
+PDSH = """#!/usr/bin/env bash
+# The command's words, joined, for this machine's shell; --node_rank=%n is the place of a node among all.
+set -euo pipefail
+while [[ $1 == -* ]]; do shift $([[ $1 == -S ]] && echo 1 || echo 2); done
+line="$*"
+exec bash -c "${line//%n/0}"
 """
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder with a hostfile of this machine, two ranks, and with a Slurm of its own."""
+    """A folder with a hostfile of this machine, two ranks, and with a Slurm, pdsh and ssh of its own."""
     (tmp_path / "hostfile").write_text("# this machine\nlocalhost slots=2\n")
-    for name, text in (("srun", SRUN), ("sinfo", "#!/bin/sh\n")):
+    programs = {"srun": SRUN, "scontrol": SCONTROL, "pdsh": PDSH, "sinfo": "#!/bin/sh\n", "ssh": "#!/bin/sh\n"}
+    for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return tmp_path
@@ -103,15 +138,19 @@ def alone(tiny, tmp_path_factory):
         ("torchrun.sh", {"HEAD": "localhost", "NODES": 1, "GPUS_PER_NODE": 2}),
         ("mpirun.sh", {}),
         ("deepspeed.sh", {"LAUNCHER": "openmpi", "INTERFACE": "lo"}),
-        ("deepspeed.sh", {"LAUNCHER": "slurm"}),
+        ("deepspeed.sh", {"LAUNCHER": "slurm", "SLURM_JOB_NODELIST": "localhost,other"}),
+        ("deepspeed.sh", {}),
+        ("torchrun.sbatch", {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": 1, "SLURM_GPUS_ON_NODE": 2}),
     ],
 )
 def test_a_script_starts_as_many_ranks_as_it_is_told_and_they_find_each_other(alone, tiny, cluster, name, variables):
     # Open MPI asks for both before it runs as root, as containers do.
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1}
     own = {**allowed, "HOSTFILE": cluster / "hostfile", "PORT": free_port(), **variables}
-    words = [tiny.run_file, *ZEROTH_ORDER, "engine=fsdp"]
-    done = script(name, *words, cwd=cluster, first=cluster, **own)
+    labels = yaml.safe_dump(LABELS, default_flow_style=True, width=1000).strip()
+    words = [tiny.run_file, *ZEROTH_ORDER, "engine=fsdp", f"task.labels={labels}", f"output={cluster / 'out'}"]
+    # A batch script begins in the folder of the project.
+    done = script(name, *words, cwd=ROOT if name.endswith(".sbatch") else cluster, first=cluster, **own)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((cluster / "out" / "summary.json").read_text())
     assert (summary["world_size"], summary["final_digest"]) == (2, alone)
