@@ -58,6 +58,23 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
     run = _addax(config)
     if asked.output is not None:
         _check_output(asked.output)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
+        rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
+        _plan(asked, *_steps(asked, config, run, has_data, shape, sharding, rehearsals))
+
+
+def _steps(
+    asked: Asked,
+    config: RunConfig,
+    run: RunConfig,
+    has_data: bool,
+    shape: PretrainedConfig,
+    sharding: dict[str, Any],
+    rehearsals: Rehearsals,
+) -> tuple[Steps, list[int]]:
+    """What is rehearsed, and the lengths of the data."""
     context = getattr(shape, "max_position_embeddings", None)
     prepared = _prepared(config, asked.tokenizer, context) if has_data else None
     examples = prepared.train if prepared is not None else []
@@ -72,12 +89,7 @@ def plan(asked: Asked, config: RunConfig, has_data: bool) -> None:
         evaluated = Evaluated.words(long, run.eval_samples)
     else:
         evaluated = Evaluated.of([prepared.dev, prepared.held_out], prepared.task.max_new_tokens)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sharding = settings_of(asked.sharding, asked.cluster, shape, config.dtype, folder)
-        rehearsals = stack.enter_context(Rehearsals(shape, sharding["engine"] == "deepspeed"))
-        steps = Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long, targets, evaluated)
-        _plan(asked, steps, lengths)
+    return Steps(shape, run, rehearsals, asked.cluster, sharding, asked.batch, long, targets, evaluated), lengths
 
 
 def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
@@ -92,8 +104,11 @@ def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
         steps, lt = dataclasses.replace(steps, batch=choice.batch), choice.longest_first_order
         print(choice)
         steps, evaluates = _evaluating(steps, lt)
+    two_ways = steps.shards(asked.cluster.ranks) > 1 and steps.run.directions == "shared"  # to gather
+    if two_ways:
+        links.begin(steps, lt)  # beside the methods
     tables = [_methods(asked, steps, lt)]
-    if steps.shards(asked.cluster.ranks) > 1 and steps.run.directions == "shared":  # else there is one way to gather
+    if two_ways:
         tables.append(_shown(steps, "links", links.about(steps), links.rows(steps, lt)))
     if steps.padding(asked.cluster.ranks) > _WORTH_TELLING:
         print(padding_of(steps.sizes, steps.shards(asked.cluster.ranks)))
@@ -200,9 +215,6 @@ def _shown(steps: Steps, name: str, about: str, rows: Iterable[dict[str, Any]]) 
 
 
 def _write_run(choice: Choice, asked: Asked, steps: Steps, folder: Path) -> None:
-    with _waiting(steps.rehearsals):
-        others = methods.curves(steps, min(choice.lengths))
-    draw(choice, others, steps.cluster, folder / PLOT)
     method = "addax-wa" if choice.lt == "none" else "addax"
     planned = {
         **settings_of(asked.sharding, steps.cluster, steps.shape, steps.run.dtype, folder),
@@ -211,6 +223,10 @@ def _write_run(choice: Choice, asked: Asked, steps: Steps, folder: Path) -> None
     }
     run = build(RunConfig, {**for_method(values_of(steps.run), method), **planned}, "plan")
     commands = ready.write(run, str(choice), steps.cluster, folder)
-    print(f"\n{folder / PLOT}: memory against length\n{folder / ready.RUN}: the run, which any of these starts, with")
+    print(f"\n{folder / ready.RUN}: the run, which any of these starts, with")
     print("names of your own in place of node-0 and /shared/run, in the hostfile, too:")
     print(*(f"  {command}" for command in commands), sep="\n")
+    with _waiting(steps.rehearsals):  # a curve takes longer than all else that is written
+        others = methods.curves(steps, min(choice.lengths))
+    draw(choice, others, steps.cluster, folder / PLOT)
+    print(f"{folder / PLOT}: memory against length")

@@ -5,7 +5,6 @@ from typing import Any
 
 from addax_ds.errors import UserError
 from addax_ds.plan.methods import Steps
-from addax_ds.plan.padding import padding_of
 from addax_ds.plan.rehearse import Rehearsal
 
 _APART = 0.05
@@ -32,9 +31,12 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
             return moved * shards / (shards - 1) / steps.weights
 
         planned = model_sizes(few)
-        if steps.sharding["engine"] == "fsdp" and steps.run.perturb == "gathered" and steps.run.adapter is None:
+        if steps.run.perturb == "gathered" and steps.run.adapter is None:
             # All weights twice and all gradients once, as any first-order step.
-            planned = 3 * padding_of(steps.sizes, shards).share
+            planned = 3 * steps.padding(steps.cluster.ranks)
+            if steps.sharding["engine"] == "deepspeed" and steps.shape.tie_word_embeddings:
+                # Which ZeRO-3 gathers anew at the model's other end, in the forward and in the backward.
+                planned += 2 * max(size.numel() for size in steps.sizes.values()) / steps.elements
         figures["model sizes received"] = planned, model_sizes(whole)
     names = sorted({*few.collectives, *whole.collectives})
     counts = {name: (few.collectives.get(name, 0), whole.collectives.get(name, 0)) for name in names}

@@ -73,7 +73,7 @@ class Choice:
 
 
 class TooLargeError(UserError):
-    """Not even one of the shortest samples fits a backward."""
+    """Too few samples fit a backward, or none."""
 
 
 def choose(lengths: Sequence[int], cluster: Cluster, curve_of: Callable[[Batch], Curve], most: Batch) -> Choice:
@@ -81,9 +81,15 @@ def choose(lengths: Sequence[int], cluster: Cluster, curve_of: Callable[[Batch],
     half of the data first-order.
 
     curve_of: a GPU's memory against L_T with a batch, its zeroth-order samples as long as the longest.
-    Raises `TooLargeError` where nothing fits, and `UserError` where there are too few samples.
+    Raises `TooLargeError` where too few samples fit, and `UserError` where there are too few in all.
     """
     lengths, room, batch = sorted(lengths), cluster.gpu.memory - RESERVED, most
+    too_few = UserError(
+        f"{len(lengths)} samples are too few for {cluster.ranks} GPUs, of which each takes one of either order "
+        "in a step: plan fewer GPUs, or give more data"
+    )
+    if len(lengths) < cluster.ranks:
+        raise too_few
     while True:
         curve = curve_of(batch)
         fitting = curve.longest_within(room, lengths)
@@ -105,10 +111,12 @@ def choose(lengths: Sequence[int], cluster: Cluster, curve_of: Callable[[Batch],
         if len(pools.zo) >= choice.k0 and len(pools.fo) >= choice.k1 and not too_low:
             return choice
         if batch == Batch(1, 1):
-            raise UserError(
-                f"{len(lengths)} samples are too few for {cluster.ranks} GPUs, of which each takes one of either order "
-                "in a step: plan fewer GPUs, or give more data"
-            )
+            if longest == fitting < lengths[-1] and len(pools.fo) < choice.k1:
+                raise TooLargeError(
+                    f"{len(pools.fo)} of {len(lengths)} samples are short enough for a backward, up to {fitting} "
+                    f"tokens, and a step takes one on each of {cluster.ranks} GPUs: plan larger ones, or give more data"
+                )
+            raise too_few
         batch = _with_fewer(batch, "zo" if lowered or len(pools.zo) < choice.k0 else "fo")
 
 

@@ -19,6 +19,8 @@ class Gpu:
     """Bytes."""
     flops: float
     """In bfloat16 with float32 sums, without sparsity."""
+    float32_flops: float
+    """In float32, as torch multiplies unless told otherwise."""
     bandwidth: float
     """Bytes of its own memory."""
     gpu_link: float
@@ -29,14 +31,14 @@ class Gpu:
 
 GPUS = {
     # NVIDIA A100 datasheet (SXM4), DGX A100 datasheet: 8 x 200 Gbit/s.
-    "a100": Gpu(80 * 2**30, 312e12, 2.039e12, 300e9, 200e9),
+    "a100": Gpu(80 * 2**30, 312e12, 19.5e12, 2.039e12, 300e9, 200e9),
     # NVIDIA H100 and H200 datasheets (SXM5), DGX H100/H200 datasheet: 8 x 400 Gbit/s.
-    "h100": Gpu(80 * 2**30, 989e12, 3.35e12, 450e9, 400e9),
-    "h200": Gpu(141e9, 989e12, 4.8e12, 450e9, 400e9),
-    # NVIDIA DGX B200 datasheet, an eighth of it.
-    "b200": Gpu(180e9, 2250e12, 8e12, 900e9, 400e9),
+    "h100": Gpu(80 * 2**30, 989e12, 67e12, 3.35e12, 450e9, 400e9),
+    "h200": Gpu(141e9, 989e12, 67e12, 4.8e12, 450e9, 400e9),
+    # NVIDIA DGX B200 and HGX B200 datasheets, an eighth of them.
+    "b200": Gpu(180e9, 2250e12, 75e12, 8e12, 900e9, 400e9),
     # NVIDIA L40S datasheet: no NVLink, PCIe 4.0 x16; a network card of 200 Gbit/s.
-    "l40s": Gpu(48e9, 362e12, 0.864e12, 32e9, 25e9),
+    "l40s": Gpu(48e9, 362e12, 91.6e12, 0.864e12, 32e9, 25e9),
 }
 
 
@@ -49,6 +51,8 @@ def gpu_of(kind: str, **given: str | None) -> Gpu:
         raise UserError(f"gpu {kind}{nearest(kind.lower(), [*GPUS])}")
     read = {"memory": bytes_of, "flops": flops_of}
     values = {name: read.get(name, speed_of)(text) for name, text in given.items() if text is not None}
+    if "flops" in values:  # of whichever dtype the run has
+        values["float32_flops"] = values["flops"]
     return dataclasses.replace(GPUS[kind.lower()], **values)
 
 

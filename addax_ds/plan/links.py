@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 from addax_ds.plan.methods import Steps
+from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import estimate
 
 NODE_LINKS = (3200, 800, 400, 100, 25, 10)
@@ -25,6 +27,11 @@ def _across_nodes(steps: Steps) -> bool:
     return steps.cluster.nodes > 1 and int(steps.sharding["replicas"]) == 1
 
 
+def begin(steps: Steps, lt: int) -> "dict[str, Future[Rehearsal]]":
+    """The step with noise on gathered weights, and with noise on shards."""
+    return {place: steps.begin("addax", lt, perturb=place) for place in ("gathered", "shard")}
+
+
 def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     """A row a link between nodes, or between the GPUs of one: seconds of Addax's step with one gather of a weight, and
     with one for each forward.
@@ -33,7 +40,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     own shard, and perturbed weights are gathered again for either point.
     """
     ranks = steps.cluster.ranks
-    begun = {place: steps.begin("addax", lt, perturb=place) for place in ("gathered", "shard")}
+    begun = begin(steps, lt)
     field, told, unit, links = "gpu_link", "GB/s into a GPU", 1e9, GPU_LINKS
     if _across_nodes(steps):
         field, told, unit, links = "node_link", "Gbit/s into a node", 1e9 / 8, NODE_LINKS

@@ -22,7 +22,7 @@ from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.padding import padding_of
 from addax_ds.plan.parts import PARTS
-from addax_ds.plan.rehearsals import Rehearsals
+from addax_ds.plan.rehearsals import RehearsalLostError, Rehearsals
 from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import estimate
 from addax_ds.shapes import sizes_of
@@ -78,9 +78,14 @@ class Steps:
         return sizes_of(self.shape)
 
     @property
+    def elements(self) -> int:
+        """Weights of the whole model."""
+        return sum(size.numel() for size in self.sizes.values())
+
+    @property
     def weights(self) -> int:
-        """Bytes of the whole model."""
-        return sum(size.numel() for size in self.sizes.values()) * getattr(torch, self.run.dtype).itemsize
+        """Their bytes."""
+        return self.elements * getattr(torch, self.run.dtype).itemsize
 
     @cached_property
     def _paddings(self) -> dict[int, float]:
@@ -137,13 +142,21 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}
     evaluation = steps.begin_evaluation(lt)
-    left_out = _left_out(steps, begun)
-    rehearsed = {name: future.result() for name, future in begun.items() if name not in left_out}
-    others = {name: _another_number(steps, step) for name, step in rehearsed.items()}
-    elsewhere = {name: steps.begin(name, short[name], ranks) for name, ranks in others.items()}
-    enough = {name: _enough(steps, step, elsewhere[name].result(), others[name]) for name, step in rehearsed.items()}
-    for name, numbers in enough.items():  # beside each other
-        for ranks in numbers[:1]:
+    left_out: dict[str, str] = {}
+    rehearsed: dict[str, Rehearsal] = {}
+    others: dict[str, int] = {}
+    for name, future in begun.items():  # what follows upon one begins while the next are under way
+        if (reason := _left_out(steps, name, future)) is not None:
+            left_out[name] = reason
+            continue
+        rehearsed[name] = future.result()
+        others[name] = _another_number(steps, rehearsed[name])
+        steps.begin(name, short[name], others[name])
+    enough: dict[str, list[int]] = {}
+    for name, step in rehearsed.items():
+        elsewhere = steps.begin(name, short[name], others[name]).result()
+        enough[name] = _enough(steps, step, elsewhere, others[name])
+        for ranks in enough[name][:1]:
             steps.begin(name, short[name], ranks)
     offloaded = any(step.host for step in rehearsed.values())
     for name, step in rehearsed.items():
@@ -154,11 +167,12 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     yield from ({"method": name, "left out": reason} for name, reason in left_out.items())
 
 
-def _left_out(steps: Steps, begun: "dict[str, Future[Rehearsal]]") -> dict[str, str]:
-    """Methods with adapters for which the model has no places that are known, and what was said of it."""
-    faults = {name: future.exception() for name, future in begun.items()}
-    adapted = {name for name in begun if steps.config(name, steps.cluster.ranks).adapter is not None}
-    return {name: str(fault) for name, fault in faults.items() if isinstance(fault, UserError) and name in adapted}
+def _left_out(steps: Steps, name: str, begun: "Future[Rehearsal]") -> str | None:
+    """What is said of a method whose adapters have no places in the model that are known; waits for its rehearsal."""
+    fault = begun.exception()
+    if steps.config(name, steps.cluster.ranks).adapter is None or isinstance(fault, RehearsalLostError):
+        return None
+    return str(fault) if isinstance(fault, UserError) else None
 
 
 def _row(steps: Steps, name: str, step: Rehearsal, offloaded: bool, smallest: int | None) -> dict[str, Any]:
@@ -190,13 +204,12 @@ def curves(steps: Steps, shortest: int) -> dict[str, Curve]:
     def of(method: str, length: int) -> "Future[Rehearsal]":
         return dataclasses.replace(steps, long=length).begin(method, length)
 
-    names = [name for name in steps.methods if name != "addax"]
-    left_out = _left_out(steps, {name: of(name, shortest) for name in names})  # beside each other
+    begun = {name: of(name, shortest) for name in steps.methods if name != "addax"}  # beside each other
     kinks = steps.targets.kinks(steps.batch.fo_micro_batch)
     return {
         name: Curve(partial(of, name), shortest, steps.long, points=2, kinks=kinks)
-        for name in names
-        if name not in left_out
+        for name, future in begun.items()
+        if _left_out(steps, name, future) is None
     }
 
 

@@ -10,6 +10,8 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from queue import Empty, SimpleQueue
@@ -21,7 +23,11 @@ from transformers import PretrainedConfig
 from addax_ds.config import RunConfig
 from addax_ds.cores import available_cores
 from addax_ds.errors import UserError
-from addax_ds.plan.rehearse import Rehearsal, rehearse
+from addax_ds.plan.rehearse import Rehearsal, blocks_are_alike, rehearse
+
+
+class RehearsalLostError(UserError):
+    """The process of a rehearsal has ended."""
 
 
 class Rehearsals:
@@ -36,8 +42,10 @@ class Rehearsals:
         self._shape = shape
         self._with_deepspeed = with_deepspeed
         self._context = multiprocessing.get_context("forkserver")
-        modules = [rehearse.__module__, *(["addax_ds.plan.zero3"] if with_deepspeed else [])]
-        self._context.set_forkserver_preload(modules)
+        model = type(shape).__module__.replace("configuration", "modeling")
+        modules = [rehearse.__module__, "torch.testing._internal.distributed.fake_pg", "peft", model]
+        self._context.set_forkserver_preload([*modules, *(["addax_ds.plan.zero3"] if with_deepspeed else [])])
+        forkserver.ensure_running()  # it imports while data are read
         self._threads = ThreadPoolExecutor(available_cores())  # each waits for a process at a time
         self._processes: set[BaseProcess] = set()
         self._idle: SimpleQueue[tuple[BaseProcess, Connection]] = SimpleQueue()
@@ -57,8 +65,13 @@ class Rehearsals:
             process.terminate()
         self._threads.shutdown()
 
+    @cached_property
+    def _blocks_are_alike(self) -> bool:
+        return blocks_are_alike(self._shape)
+
     def begin(self, config: RunConfig, ranks: int, long: int, short: int, **options: Any) -> "Future[Rehearsal]":
-        """See `rehearse`; faults come with the result."""
+        """See `rehearse`; faults come with the result. Where blocks differ all layers are rehearsed."""
+        options["all_layers"] = options.get("all_layers", False) or not self._blocks_are_alike
         key = repr((config, ranks, long, short, options))
         if key not in self._begun:
             self._begun[key] = self._threads.submit(self._in_a_process, config, ranks, long, short, **options)
@@ -75,7 +88,7 @@ class Rehearsals:
             connection.send((config, layout, options))
             told = connection.recv()
         except (EOFError, OSError):
-            told = UserError("a rehearsal was killed, perhaps for want of memory: free some, and plan again")
+            told = RehearsalLostError("a rehearsal was killed, perhaps for want of memory: free some, and plan again")
         if isinstance(told, Rehearsal) and not self._with_deepspeed:
             self._idle.put((process, connection))
             return told
@@ -122,7 +135,8 @@ def _serve(asked: Connection, shape: PretrainedConfig) -> None:
             asked.send(error)
         except Exception as error:  # of a model's own code, which may not take tensors without memory
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
-            asked.send(UserError(f"{shape.model_type} with {config.method_name} cannot be rehearsed: {reason}"))
+            told = f"{shape.model_type} with {config.method_name} cannot be rehearsed in {config.dtype}: {reason}"
+            asked.send(UserError(f"{told}: plan another model{', or dtype=bfloat16' * (config.dtype == 'float32')}"))
 
 
 def _prepare() -> None:

@@ -30,8 +30,8 @@ from addax_ds.training.evaluation import placed
 from addax_ds.training.models import Optimizer, accepted, build_optimizer, checkpoint_activations
 from addax_ds.training.world import World
 
-_FEW_LAYERS = 3, 5
-"""Traffic, and memory at one kind of moment, are affine in the number of layers from the first of these on."""
+_FEW_LAYERS = 3
+"""Traffic, and memory at one kind of moment, are affine in the number of layers from here on."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,16 @@ def rehearse(
     what cannot be rehearsed.
     """
     _refuse(config, offload)
-    layers, few = shape.num_hidden_layers, _few_layers(shape, config)
-    if all_layers or layers <= few[1]:
+    layers, few = shape.num_hidden_layers, _few_layers(shape, config, evaluated)
+    if all_layers or layers <= few + 1:
         return _rehearse(shape, config, ranks, long, short, targets, offload, evaluated)
     first, second = (
-        _rehearse(with_layers(shape, n), config, ranks, long, short, targets, offload, evaluated) for n in few
+        _rehearse(with_layers(shape, n), config, ranks, long, short, targets, offload, evaluated)
+        for n in (few, few + 1)
     )
 
     def at_all(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-        slope = {key: (b.get(key, 0) - a.get(key, 0)) / (few[1] - few[0]) for key in {**a, **b}}
-        return {key: a.get(key, 0) + rise * (layers - few[0]) for key, rise in slope.items()}
+        return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * (layers - few) for key in {**a, **b}}
 
     return Rehearsal(
         # Which moment is the peak may be another one with more layers. Of a part as a whole the line through two
@@ -120,16 +120,28 @@ def _refuse(config: RunConfig, offload: bool) -> None:
         zero3.refuse(config)
 
 
-def _few_layers(shape: PretrainedConfig, config: RunConfig) -> tuple[int, int]:
-    """Two numbers of layers, between which and beyond which each layer adds the same."""
-    first, second = _FEW_LAYERS
-    if config.engine == "deepspeed":
-        from addax_ds.plan import zero3
+def _few_layers(shape: PretrainedConfig, config: RunConfig, evaluated: Evaluated | None) -> int:
+    """A number of layers from which on each one more adds the same."""
+    if not _is_gathered_ahead(config, evaluated):
+        return _FEW_LAYERS
+    from addax_ds.plan import zero3
 
-        one, two = (count_of(with_layers(shape, n)) for n in (1, 2))
-        more = math.ceil(zero3.horizon(config) / (two - one))
-        first, second = first + more, second + more
-    return first, second
+    one, two = (count_of(with_layers(shape, n)) for n in (1, 2))
+    return _FEW_LAYERS + math.ceil(zero3.horizon(config) / (two - one))
+
+
+def _is_gathered_ahead(config: RunConfig, evaluated: Evaluated | None) -> bool:
+    """Whether DeepSpeed decides what is gathered, as it does where its engine's own forward runs."""
+    return config.engine == "deepspeed" and config.alpha < 1 and evaluated is None
+
+
+def blocks_are_alike(shape: PretrainedConfig) -> bool:
+    """Whether all are of one kind, by what is listed for each of them and by their weights: a few tell of all then."""
+    listed = [value for value in shape.to_dict().values() if isinstance(value, list)]
+    kinds = [values for values in listed if len(values) == shape.num_hidden_layers]
+    one, two, whole = map(count_of, (with_layers(shape, 1), with_layers(shape, 2), shape))
+    as_many = whole == one + (two - one) * (shape.num_hidden_layers - 1)
+    return as_many and all(value == values[0] for values in kinds for value in values)
 
 
 def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -165,7 +177,10 @@ def _rehearse(
         stack.enter_context(by_part(tracker, config, offload, fake))
         stack.enter_context(fake)
         stack.enter_context(tracker)
-        return a_step(shape, config, world, long, short, tracker, targets, offload, evaluated)
+        # The first step builds what later ones keep, and the second gathers ahead by what DeepSpeed has noted of it.
+        # Evaluations keep nothing.
+        warm = 0 if evaluated is not None else 2 if _is_gathered_ahead(config, evaluated) else 1
+        return a_step(shape, config, world, long, short, tracker, targets, offload, evaluated, warm=warm)
 
 
 def a_step(
@@ -178,8 +193,10 @@ def a_step(
     targets: Targets,
     offload: bool = False,
     evaluated: Evaluated | None = None,
+    *,
+    warm: int,
 ) -> Rehearsal:
-    """What the tracker sees of a step, or of an evaluation, of a run with random weights, once all are alike."""
+    """What the tracker sees of a step, or of an evaluation, of a run with random weights, after `warm` others."""
     with fsdp.offloaded() if offload else contextlib.nullcontext():
         model = _model(shape, config)
         inputs = accepted(model)
@@ -189,8 +206,7 @@ def a_step(
     fo = targets.micro_batches(config.k1, config.fo_micro_batch, short, shape.vocab_size)
     zo, fo = ([placed(batch, inputs, world.device) for batch in batches] for batches in (zo, fo))
     with tracker.within("first-order forward"):
-        # The first builds what later steps keep; in the second DeepSpeed's ranks compare what they have noted of it.
-        for _ in range(3 if config.engine == "deepspeed" else 2):
+        for _ in range(warm + 1):
             gc.collect()
             tracker.begin()
             if evaluated is None:
@@ -198,7 +214,7 @@ def a_step(
             else:
                 evaluated.run(taking, config, inputs)
     _let_go(taking)
-    moments = {moment: {part: float(held[part]) for part in PARTS} for moment, held in tracker.peaks.items()}
+    moments = {moment: {part: float(held.get(part, 0)) for part in PARTS} for moment, held in tracker.peaks.items()}
     return Rehearsal(moments, {**tracker.collectives}, {**tracker.received}, tracker.flops, tracker.most_on_host)
 
 

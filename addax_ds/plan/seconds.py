@@ -21,7 +21,7 @@ class Seconds:
     computing: float
     """Products of matrices."""
     perturbing: float
-    """Both points of every weight, written on the same GPU."""
+    """Both points of every weight, and the update of the shard, written on the same GPU."""
     receiving: float
     """Collectives."""
 
@@ -36,12 +36,12 @@ def estimate(step: Rehearsal, config: RunConfig, cluster: Cluster, weights: floa
     gpu = cluster.gpu
     drawn = 0.0
     if config.alpha > 0 and config.adapter is None:
-        # Each GPU draws for all that it gathers, or for its own shard.
+        # For both points each GPU draws for all that it gathers, or for its own shard, and in the update for its shard.
         shards = cluster.ranks // config.replicas
-        drawn = 2 * config.queries * weights / (shards if config.perturb == "shard" else 1)
+        drawn = config.queries * weights * (2 / (shards if config.perturb == "shard" else 1) + 1 / shards)
     copied = gpu.bandwidth / 2  # a byte is read and written
     return Seconds(
-        step.flops / (gpu.flops * COMPUTED),
+        step.flops / ((gpu.float32_flops if config.dtype == "float32" else gpu.flops) * COMPUTED),
         drawn / (copied * DRAWN[config.distribution]),
         sum(size / (_speed(kind, config, cluster) * CARRIED) for kind, size in step.received.items()),
     )

@@ -33,11 +33,17 @@ def _attention_backward(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
     return 10.0 * query.numel() * key.shape[-2]
 
 
+def _grouped_product(first: torch.Tensor, second: torch.Tensor, *_: Any, **__: Any) -> float:
+    """Of experts: each row, or column, of the first takes part in the product of one of them alone."""
+    return 2.0 * first.numel() * second.shape[-1]
+
+
 _FLOPS: dict[Any, Callable[..., float]] = {
     **flop_registry,
     # What a CPU has in place of a GPU's kernels, of which the registry knows.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._grouped_mm: _grouped_product,
 }
 
 
@@ -54,7 +60,7 @@ class Tracker(TorchDispatchMode):
         self._thread = threading.local()
         self._held: dict[int, tuple[str, int]] = {}  # by address of the storage, its part and bytes
         self.now: Counter[str] = Counter()
-        self.peaks: dict[str, Counter[str]] = {}
+        self.peaks: dict[str, dict[str, int]] = {}
         """By the part that something was allocated for, and by that and its bytes, as blocks have them in common:
         all parts when their sum was then largest since `begin`."""
         self.most_on_host = 0
@@ -135,7 +141,7 @@ class Tracker(TorchDispatchMode):
         is_collective = function.namespace == "c10d"
         run = partial(self.collective, function) if is_collective else function
         out = run(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        for leaf in [out] if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
         if is_collective:
@@ -190,7 +196,7 @@ class Tracker(TorchDispatchMode):
         self._sum += size
         for moment in (part, f"{part}, {size} bytes") if size > 0 else ():
             if self._sum > self._most[moment]:
-                self._most[moment], self.peaks[moment] = self._sum, Counter(self.now)
+                self._most[moment], self.peaks[moment] = self._sum, dict(self.now)
 
 
 def work_of(out: Any) -> dist.Work:

@@ -12,13 +12,14 @@ from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
 from addax_ds.plan import ready
 from addax_ds.plan.batches import LAST_TOKEN
-from addax_ds.plan.choose import Batch, choose
+from addax_ds.plan.choose import Batch, TooLargeError, choose
 from addax_ds.plan.cluster import GPUS, RESERVED, Cluster, bytes_of, flops_of, gpu_of, speed_of
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
 from addax_ds.plan.methods import Steps, curves, eval_micro_batch, rows
 from addax_ds.plan.padding import padding_of
 from addax_ds.plan.parts import PARTS
+from addax_ds.plan.rehearsals import RehearsalLostError
 from addax_ds.plan.rehearse import Rehearsal
 from addax_ds.plan.seconds import CARRIED, COMPUTED, DRAWN, estimate
 from addax_ds.shapes import shape_of, sizes_of
@@ -107,14 +108,18 @@ def test_a_method_whose_adapters_have_no_known_place_is_left_out():
         if config.adapter is None:
             future.set_result(Rehearsal({"step": dict.fromkeys(PARTS, 1.0)}, {}, {}, 0.0))
         else:
-            future.set_exception(UserError("where adapters go is not known"))
+            future.set_exception(fault)
         return future
 
+    fault = UserError("where adapters go is not known")
     steps = steps_of(shape_of("facebook/opt-13b"), begin, cluster(80))
     told = {row["method"]: row for row in rows(steps, 32)}
     assert {name for name, row in told.items() if "left out" in row} == {"adazeta", "lora, adamw"}
     assert told["adazeta"]["left out"] == "where adapters go is not known" and "peak" in told["adamw"]
     assert {*curves(steps, 8)} == {"mezo", "ip-sgd", "sgd", "adamw"}
+    fault = RehearsalLostError("killed")
+    with pytest.raises(RehearsalLostError):
+        list(rows(steps, 32))
 
 
 def test_memory_at_lengths_between_is_that_of_the_fullest_moment():
@@ -178,6 +183,13 @@ def test_a_pool_that_is_too_small_takes_fewer_zeroth_order_samples_before_fewer_
     assert sum(length > chosen.lt for length in lengths) == 3 * gpus
 
 
+def test_where_too_few_samples_fit_more_gpus_are_not_called_for():
+    room = (8 * GIB + 25 * 2**20 + 100 * 25**2 + RESERVED) / GIB  # for 10 tokens and for 20
+    told = "2 of 100 samples are short enough for a backward, up to 20 tokens, .* 4 GPUs: plan larger ones"
+    with pytest.raises(TooLargeError, match=told):
+        choose(LENGTHS, cluster(room), lambda batch: growing(batch, between=0), Batch(6, 4))
+
+
 def test_where_nothing_fits_it_is_told():
     with pytest.raises(UserError, match=r"one sample of 10 tokens .* takes 13 GiB of a GPU: plan more GPUs"):
         choose(LENGTHS, cluster(12), growing, Batch(6, 4))
@@ -190,13 +202,15 @@ def test_seconds_are_those_of_the_slower_of_computing_and_receiving():
     seconds = estimate(step, config, two_nodes, weights=140e9)
     assert seconds.computing == pytest.approx(1 / COMPUTED)
     assert seconds.receiving == pytest.approx(300e9 / (400e9 * CARRIED))
-    # Both points of each weight, read once and written once at half the memory's speed each.
-    assert seconds.perturbing == pytest.approx(2 * 140e9 / (3.35e12 / 2 * DRAWN["normal"]))
+    # Both points of each weight, and the shard in its update, read once and written once at half the memory's speed.
+    assert seconds.perturbing == pytest.approx((2 + 1 / 16) * 140e9 / (3.35e12 / 2 * DRAWN["normal"]))
     assert seconds.step == seconds.computing + seconds.perturbing
     slow = Cluster(2, 8, gpu_of("h100", node_link="10Gbit/s"))
     assert estimate(step, config, slow, weights=140e9).step == pytest.approx(300 / 1.25 / CARRIED)
     one_node = Cluster(1, 8, gpu_of("h100", node_link="10Gbit/s"))
     assert estimate(step, config, one_node, weights=140e9).receiving == pytest.approx(300 / 450 / CARRIED)
+    full = dataclasses.replace(config, dtype="float32")
+    assert estimate(step, full, two_nodes, weights=140e9).computing == pytest.approx(989 / 67 / COMPUTED)
 
 
 def test_hsdp_sends_sums_alone_between_nodes():
@@ -213,7 +227,8 @@ def test_a_shards_own_noise_is_drawn_once():
     step, on = Rehearsal({}, {}, {}, 0.0), Cluster(2, 8, GPUS["h100"])
     hsdp = build(RunConfig, {"method": "mezo", "engine": "fsdp", "replicas": 2, "perturb": "shard"}, "test")
     gathered, shard, half = (estimate(step, each, on, weights=140e9).perturbing for each in (config, own, hsdp))
-    assert gathered == pytest.approx(16 * shard) == pytest.approx(8 * half)
+    # Three times in all: for either point, and in the update, which is each shard's own.
+    assert shard == pytest.approx(half / 2) == pytest.approx(gathered * 3 / 33)
 
 
 def test_the_run_that_is_written_is_the_run_that_was_planned(tmp_path):
@@ -254,7 +269,7 @@ def test_speeds_are_read(text, speed):
 
 def test_what_is_given_stands_in_place_of_the_datasheet():
     gpu = gpu_of("H100", flops="0.5 PFLOP/s", bandwidth="2TB/s", gpu_link=None)
-    assert gpu == dataclasses.replace(GPUS["h100"], flops=5e14, bandwidth=2e12)
+    assert gpu == dataclasses.replace(GPUS["h100"], flops=5e14, float32_flops=5e14, bandwidth=2e12)
     assert flops_of("989TFLOP/s") == 989e12
     with pytest.raises(UserError, match="989: give a speed such as 989TFLOP/s"):
         gpu_of("h100", flops="989")

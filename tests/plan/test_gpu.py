@@ -23,7 +23,7 @@ def counted(shape: PretrainedConfig, config: RunConfig, long: int, short: int) -
     tracker.begin = torch.cuda.reset_peak_memory_stats
     before = torch.cuda.memory_allocated()
     world = RunWorld(dist.get_rank(), device.index, dist.get_world_size(), device)
-    a_step(shape, config, world, long, short, tracker, LAST_TOKEN)
+    a_step(shape, config, world, long, short, tracker, LAST_TOKEN, warm=1)
     return torch.cuda.max_memory_allocated() - before
 
 

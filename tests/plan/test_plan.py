@@ -71,13 +71,16 @@ def test_a_plan_tells_what_each_method_takes_of_a_gpu(model, tmp_path):
 
 
 def checked(folder, tiny, monkeypatch):
-    """The run that was written, whose data make its batches."""
+    """The run that was written, whose data make its batches, and which starts."""
     monkeypatch.chdir(folder.parent)
     config = load_run(str(folder / "run.yaml"), [f"model={tiny.model}"])
     prepared = prepare_inputs(config)
     pools = partition([example.length for example in prepared.train], config.lt)
     check_pools(pools, config.k0, config.k1, config.alpha)
     assert (folder / "memory.png").stat().st_size > 5000
+    words = [f"model={tiny.model}", "steps=1", "save=false", "output=out"]
+    done = run("train", folder / "run.yaml", *words, cwd=folder.parent, seconds=400).check()
+    assert "after: accuracy" in done.output
     return config, pools
 
 
@@ -116,6 +119,21 @@ def test_so_it_does_for_zero_3_with_parameters_on_the_host(tiny, model, tmp_path
     assert not zero["bf16"]["enabled"] and zero["zero_optimization"]["offload_param"]["device"] == "cpu"
 
 
+@pytest.mark.timeout(1600)  # dozens of rehearsals
+@pytest.mark.parametrize("sharding", ["hsdp", "zero3"])
+def test_so_is_every_way_to_shard(model, tmp_path, sharding):
+    words = ["--model", model, "--long", "256", "--lt", "32", "--sharding", sharding, "--rehearse"]
+    _, tables = planned(*words, cwd=tmp_path)
+    rows = {row["method"]: row for row in tables["methods"]}
+    assert set(rows) == {"addax", "mezo", "adamw", "evaluation"}
+    # HSDP: as many of each node.
+    assert rows["mezo"]["GPUs at least"] == (2 if sharding == "hsdp" else 1)
+    assert rows["mezo"]["peak"] < rows["addax"]["peak"] < rows["adamw"]["peak"]
+    whole = {row["figure"]: row for row in tables["rehearsal"]}
+    assert whole["peak, GiB"]["planned"] == pytest.approx(whole["peak, GiB"]["rehearsed"], rel=0.01)
+    assert whole["model sizes received"]["planned"] == 3
+
+
 def addax_alone():
     for name in [*METHODS][1:]:
         METHODS.pop(name)
@@ -144,7 +162,8 @@ def test_where_no_sample_fits_what_it_takes_is_shown(tiny, model, tmp_path):
 def test_what_a_rehearsal_cannot_do_is_one_line(tmp_path):
     shape = LlamaConfig(**{**SIZES, "num_key_value_heads": 3})  # which 4 heads cannot share
     config = build(RunConfig, {"engine": "fsdp", "k0": 1, "k1": 1}, "test")
-    with Rehearsals(shape, False) as rehearsals, pytest.raises(UserError, match="llama with addax cannot be rehearsed"):
+    told = r"llama with addax cannot be rehearsed in float32: .*: plan another model, or dtype=bfloat16"
+    with Rehearsals(shape, False) as rehearsals, pytest.raises(UserError, match=told):
         rehearsals.begin(config, 2, 8, 8).result()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import MambaConfig, Qwen3Config
+from transformers import MambaConfig, Qwen2MoeConfig, Qwen3Config
 
 from addax_ds.data.tasks import Example
 from addax_ds.errors import UserError
@@ -14,9 +14,9 @@ from addax_ds.plan.batches import Targets
 from addax_ds.plan.cluster import GPUS, Cluster
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.memory import Curve
-from addax_ds.plan.rehearse import rehearse, with_layers
+from addax_ds.plan.rehearse import blocks_are_alike, rehearse, with_layers
 from addax_ds.plan.shardings import settings_of
-from addax_ds.shapes import count_of, shape_of
+from addax_ds.shapes import SHAPES, count_of, shape_of
 from addax_ds.training import evaluation
 from tests.plan.real import STEP_SECONDS, allocated, compare, run_of, small_llama, under_zero
 from tests.world import World
@@ -269,18 +269,28 @@ def test_fewer_blocks_have_fewer_of_what_is_listed_by_block():
     assert with_layers(shape, 3).layer_types == ["full_attention", "sliding_attention", "full_attention"]
 
 
+def test_blocks_that_are_not_alike_are_known():
+    assert all(blocks_are_alike(shape_of(name)) for name in SHAPES)
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 50}
+    assert blocks_are_alike(Qwen3Config(**sizes))
+    assert not blocks_are_alike(Qwen3Config(**sizes, layer_types=["full_attention", "sliding_attention"] * 2))
+    assert not blocks_are_alike(Qwen2MoeConfig(**sizes, num_experts=2, mlp_only_layers=[3]))
+
+
 @pytest.mark.parametrize(
-    ("model", "billions"),
+    ("model", "billions", "of_a_token"),
     [
-        ("meta-llama/Llama-2-70b-hf", 68.977),
-        ("facebook/opt-13b", 12.853),
-        ("facebook/opt-66b", 65.72),
-        ("Qwen/Qwen2.5-0.5B", 0.494),
-        # Experts lie along the dimension that is sharded: on 16 ranks 8 are padded to twice their 45.097 billions.
-        ("mistralai/Mixtral-8x7B-v0.1", 46.703 + 45.097),
+        ("meta-llama/Llama-2-70b-hf", 68.977, 68.977 - 0.524),
+        ("facebook/opt-13b", 12.853, 12.853 - 0.268),
+        ("facebook/opt-66b", 65.72, 65.72 - 0.482),
+        ("Qwen/Qwen2.5-0.5B", 0.494, 0.494 - 0.136),
+        # Experts lie along the dimension that is sharded: on 16 ranks 8 are padded to twice their 45.097 billions. A
+        # token takes two of them.
+        ("mistralai/Mixtral-8x7B-v0.1", 46.703 + 45.097, 46.703 - 0.262 - 45.097 * 6 / 8),
     ],
 )
-def test_a_mixed_step_of_16_ranks_receives_three_model_sizes(model, billions):
+def test_a_mixed_step_of_16_ranks_receives_three_model_sizes(model, billions, of_a_token):
+    """of_a_token: billions of weights of blocks that a token is multiplied by."""
     shape, config = shape_of(model), run_of("addax", 16, dtype="bfloat16")
     step = rehearse(shape, config, 16, 256, 64)
     size = 2e9 * billions * 15 / 16
@@ -290,6 +300,8 @@ def test_a_mixed_step_of_16_ranks_receives_three_model_sizes(model, billions):
     assert step.collectives["allreduce_"] == 1
     a_block = count_of(with_layers(shape, 2)) - count_of(with_layers(shape, 1))
     assert max(parts["reduced gradients"] for parts in step.moments.values()) >= 2 * a_block
+    # Two forwards, and a forward and twice that in the backward; attention and the few logits are little.
+    assert step.flops == pytest.approx(2e9 * of_a_token * (2 * 2 * 256 + 3 * 2 * 64), rel=0.05)
     shard = 2e9 * billions / 16
     assert shard <= step.parts["weights"] <= 1.01 * shard + 1e6
 
