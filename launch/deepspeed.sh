@@ -14,11 +14,11 @@ remote() {
 }
 
 hostfile=${HOSTFILE:-$here/hostfile}
-first=$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")
-# Slurm numbers its ranks by its own list of nodes.
-[ "${LAUNCHER:-}" != slurm ] || [ -z "${SLURM_JOB_NODELIST:-}" ] ||
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-head=${HEAD:-$first}
+head=${HEAD:-}
+if [ -z "$head" ] && [ "${LAUNCHER:-}" = slurm ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # by whose order Slurm numbers its ranks
+fi
+head=${head:-$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")}
 port=${PORT:-29500}
 # --force_multi: else a hostfile of one node starts ranks on this one, whatever its name.
 command=(deepspeed --hostfile "$hostfile" --force_multi --no_local_rank --master_addr "$head" --master_port "$port")
@@ -27,7 +27,7 @@ case ${LAUNCHER:=pdsh} in
     command+=(--launcher pdsh)
     words=()
     for word in "$@"; do words+=("$(remote "$word")"); done
-    set -- "${words[@]}"
+    set -- ${words[@]+"${words[@]}"} # bash before 4.4 takes none for one that is not set
     ;;
   # DeepSpeed names eth0 itself where nobody names an interface. --bind-to none: else all threads of a rank share one core.
   openmpi)

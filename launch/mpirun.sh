@@ -10,4 +10,4 @@ source "$here/start.sh"
 python=$(command -v python) || { echo "no python on PATH: activate the environment that has addax_ds" >&2; exit 2; }
 # --bind-to none: else all threads of a rank share one core.
 read -ra options <<< "${MPI_OPTIONS:-}"
-start mpirun --hostfile "${HOSTFILE:-$here/hostfile}" --bind-to none "${options[@]}" "$python" "$here/train.py" "$@"
+start mpirun --hostfile "${HOSTFILE:-$here/hostfile}" --bind-to none ${options[@]+"${options[@]}"} "$python" "$here/train.py" "$@"

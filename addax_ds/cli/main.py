@@ -202,7 +202,7 @@ def _load(settings: list[str] | None) -> RunConfig:
 
 
 def main() -> None:
-    """Entry point; exits with 2 on bad input, 143 on SIGTERM, once saved, 1 where another rank is lost."""
+    """Entry point; exits with 2 on bad input or want of memory, 143 on SIGTERM, once saved, 1 if a rank is lost."""
     try:
         app()
     except PreemptedError as preempted:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from addax_ds.config import Items, RunConfig, build, for_method, read_yaml, require
+from addax_ds.config import Items, PrefixConfig, RunConfig, build, for_method, read_yaml, require
 from addax_ds.errors import UserError
 from addax_ds.training.models import read_ds_config
 from addax_ds.training.run import Prepared, pools_of, prepare_inputs
@@ -18,9 +18,9 @@ from addax_ds.training.run import Prepared, pools_of, prepare_inputs
 _SETTINGS = ConfigDict(extra="forbid")
 _OF_DATA = (
     *("model", "data", "eval_data", "task", "train_samples", "dev_samples", "eval_samples"),
-    *("adapter", "seed"),
+    "seed",
 )
-"""What a run's inputs depend on."""
+"""What a run's inputs depend on, and on the places that a prefix takes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_SETTINGS)
@@ -118,7 +118,9 @@ def check(comparison: Comparison) -> None:
         try:
             if config.engine == "deepspeed":
                 read_ds_config(config)
-            of_data = repr([getattr(config, name) for name in _OF_DATA])  # which most runs have in common
+            prefix = config.adapter if isinstance(config.adapter, PrefixConfig) else None
+            # Which most runs have in common.
+            of_data = repr((prefix, *(getattr(config, name) for name in _OF_DATA)))
             if of_data not in inputs:
                 inputs[of_data] = prepare_inputs(config)
             pools_of(inputs[of_data], config)

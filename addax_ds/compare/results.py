@@ -150,7 +150,7 @@ def rows(comparison: Comparison, results: Sequence[Result]) -> list[dict[str, An
             "best point": own[0].trial.point,
             "runs": len(good),
             **{kind: sum(words in result.fault for result in own) for words, kind in FAULTS.items()},
-            "lost lines": sum(summary["metrics_lost"] > 0 for summary in summaries),
+            "with lost lines": sum(summary["metrics_lost"] > 0 for summary in summaries),
         }
         table.append(row)
         if not good:
@@ -201,7 +201,7 @@ def table(comparison: Comparison, results: Sequence[Result]) -> Table:
         shown.add_column(f"samples to {title}", justify="right")
     for row in rows(comparison, results):
         point = " ".join(f"{name}={value}" for name, value in row["best point"].items())
-        marks = "".join(f", {row[kind]} {kind}" for kind in (*FAULTS.values(), "lost lines") if row[kind])
+        marks = "".join(f", {row[kind]} {kind}" for kind in (*FAULTS.values(), "with lost lines") if row[kind])
         if not row["runs"]:
             shown.add_row(escape(row["method"]), f"{row['points tried']}: none ran to its end", f"(0 runs{marks})")
             continue

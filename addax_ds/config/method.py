@@ -51,6 +51,4 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def for_method(values: dict[str, Any], method: str) -> dict[str, Any]:
     """Settings that were made for another method, without those that this one sets."""
     of_method = {name for settings in METHODS.get(method, ()) for name in settings}
-    if "adapter" in of_method:  # whose eps is another one than that of all weights
-        of_method.add("eps")
     return {name: value for name, value in values.items() if name not in of_method}

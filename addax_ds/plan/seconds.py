@@ -12,6 +12,8 @@ CARRIED = 0.8
 """Share of a link's bytes per second that collectives reach: assumed."""
 DRAWN = {"normal": 0.42, "rademacher": 0.72}
 """Perturbed copies per second, of plain copies: `addax-ds bench noise` on an H200, bfloat16."""
+UPDATED = {"normal": 0.30, "rademacher": 0.41}
+"""Updates per second, of additions of a constant, in the same way."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,16 @@ class Seconds:
 def estimate(step: Rehearsal, config: RunConfig, cluster: Cluster, weights: float) -> Seconds:
     """weights: bytes of the whole model. Launches of kernels, which bound models of few billions, are left out."""
     gpu = cluster.gpu
-    drawn = 0.0
+    drawn = updated = 0.0
     if config.alpha > 0 and config.adapter is None:
         # For both points each GPU draws for all that it gathers, or for its own shard, and in the update for its shard.
         shards = cluster.ranks // config.replicas
-        drawn = config.queries * weights * (2 / (shards if config.perturb == "shard" else 1) + 1 / shards)
+        updated = config.queries * weights / shards
+        drawn = 2 * (updated if config.perturb == "shard" else config.queries * weights)
     copied = gpu.bandwidth / 2  # a byte is read and written
     return Seconds(
         step.flops / ((gpu.float32_flops if config.dtype == "float32" else gpu.flops) * COMPUTED),
-        drawn / (copied * DRAWN[config.distribution]),
+        (drawn / DRAWN[config.distribution] + updated / UPDATED[config.distribution]) / copied,
         sum(size / (_speed(kind, config, cluster) * CARRIED) for kind, size in step.received.items()),
     )
 

@@ -18,6 +18,8 @@ from addax_ds.errors import OutOfMemoryError, PreemptedError, RankLostError, Use
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
+_OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+
 
 @dataclass(frozen=True)
 class World:
@@ -139,6 +141,13 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         _let_others_meet_it(rank, size)
         raise
     except RuntimeError as error:
+        # NCCL's, too, and before what looks like the end of another rank.
+        if any(words in f"{type(error).__name__}: {error}" for words in _OUT_OF_MEMORY):
+            told = shorten(str(error), 160, placeholder="...")
+            raise OutOfMemoryError(
+                f"rank {rank} is out of memory ({told}): lower zo_micro_batch, fo_micro_batch, lt or eval_micro_batch, "
+                "or take more ranks; addax-ds plan tells what fits"
+            ) from error
         if lost := of_another_rank(error):
             reason = " ".join(str(lost).partition("This is typically caused")[0].split())[
                 -120:
@@ -147,12 +156,6 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
                 f"rank {rank}: another rank has ended or did not answer for {timeout_minutes:g} minutes "
                 f"({reason}): see what it or its node says; a run with output=FOLDER goes "
                 "on when it is started again"
-            ) from error
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            told = shorten(str(error), 160, placeholder="...")
-            raise OutOfMemoryError(
-                f"rank {rank} is out of memory ({told}): lower zo_micro_batch, fo_micro_batch, lt or eval_micro_batch, "
-                "or take more ranks; addax-ds plan tells what fits"
             ) from error
         raise
     finally:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from addax_ds.compare.execute import _complaint
 from addax_ds.compare.plan import Comparison, check, load_comparison, points_of, trial
 from addax_ds.compare.results import Result, Score, rows, table, write
 from addax_ds.config import build
@@ -172,17 +173,29 @@ def test_runs_that_were_out_of_memory_or_have_lost_lines_are_counted_in_the_tabl
     planned = comparison(tiny, {"addax": METHODS["addax"], "zero-shot": METHODS["zero-shot"]})
     results = results_of(planned, "addax", [0.5], out_of_memory=2) + results_of(planned, "zero-shot", [0.5], lost=3)
     first, second = rows(planned, results)
-    assert (first["out of memory"], first["diverged"], first["lost lines"]) == (2, 0, 0)
-    assert (second["out of memory"], second["diverged"], second["lost lines"]) == (0, 0, 1)
+    assert (first["out of memory"], first["diverged"], first["with lost lines"]) == (2, 0, 0)
+    assert (second["out of memory"], second["diverged"], second["with lost lines"]) == (0, 0, 1)
     shown = io.StringIO()
     Console(file=shown, width=200).print(table(planned, results))
-    assert "1 runs, 2 out of memory" in shown.getvalue() and "1 runs, 1 lost lines" in shown.getvalue()
+    assert "1 runs, 2 out of memory" in shown.getvalue() and "1 runs, 1 with lost lines" in shown.getvalue()
+
+
+def test_what_makes_a_result_is_found_among_complaints_of_ranks_that_it_has_left(tmp_path):
+    log, left = tmp_path / "log", "addax-ds: rank 1: another rank has ended"
+    for lines, told in (
+        (["addax-ds: rank 0 is out of memory (12): lower", left], "rank 0 is out of memory (12): lower"),
+        (["[rank0]: addax-ds: lower lr", "more"], "lower lr"),
+        (["addax-ds: first", left], left.partition(" ")[2]),
+        (["Traceback"], ""),
+    ):
+        log.write_text("\n".join(lines))
+        assert _complaint(log) == told
 
 
 def test_a_method_that_does_not_fit_is_a_row_beside_those_that_do(tiny, tmp_path):
     """More bytes than any machine can address."""
     methods = {
-        "large": {"method": "adamw", "adapter": {"kind": "lora", "rank": 10**12}},
+        "large": {"method": "adamw", "adapter": {"kind": "lora", "rank": 10**16}},
         "zero-shot": METHODS["zero-shot"],
     }
     file = tmp_path / "compare.yaml"

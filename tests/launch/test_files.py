@@ -87,6 +87,7 @@ def test_the_quickstart_is_zero3_on_the_embedded_model_and_data():
     assert (config.model, config.data, config.engine) == ("smollm2-135m", "movies", "deepspeed")
     assert config.ds_config == "ds_configs/zero3.json"
     assert 0 < config.alpha < 1
+    assert config.eps == 1e-3 and load_run(str(ROOT / "launch" / "quickstart.yaml"), ["method=adazeta"]).eps == 1e-2
     text = (ROOT / "launch" / "quickstart.sh").read_text()
     assert "launch/quickstart.yaml" in text and "--num_accelerators" in text
 

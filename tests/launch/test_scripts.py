@@ -18,7 +18,7 @@ LAUNCH = ROOT / "launch"
 PYTHON = Path(sys.executable).with_name("python")
 SECONDS = 600
 ZEROTH_ORDER = ["alpha=1", "lr=0.01", "save=false", "output=out"]
-NASTY = 'task.prompt={text} isn\'t "$HOME" \\n %h; é'
+NASTY = 'task.prompt={text} isn\'t "$HOME" \\n %h;'
 
 
 def script(name, *words, cwd=None, first=None, **variables):
@@ -98,7 +98,7 @@ done
 export SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_ID=0
 for ((task = 1; task < tasks; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
-wait
+for task in $(jobs -p); do wait "$task"; done
 """
 SCONTROL = """#!/bin/sh
 # The nodes of a list.
@@ -117,6 +117,7 @@ exec bash -c "${line//%n/0}"
 def cluster(tmp_path):
     """A folder with a hostfile of this machine, two ranks, and with a Slurm, pdsh and ssh of its own."""
     (tmp_path / "hostfile").write_text("# this machine\nlocalhost slots=2\n")
+    (tmp_path / "others").write_text("nowhere slots=2\n")
     programs = {"srun": SRUN, "scontrol": SCONTROL, "pdsh": PDSH, "sinfo": "#!/bin/sh\n", "ssh": "#!/bin/sh\n"}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
@@ -138,7 +139,7 @@ def alone(tiny, tmp_path_factory):
         ("torchrun.sh", {"HEAD": "localhost", "NODES": 1, "GPUS_PER_NODE": 2}),
         ("mpirun.sh", {}),
         ("deepspeed.sh", {"LAUNCHER": "openmpi", "INTERFACE": "lo"}),
-        ("deepspeed.sh", {"LAUNCHER": "slurm", "SLURM_JOB_NODELIST": "localhost,other"}),
+        ("deepspeed.sh", {"LAUNCHER": "slurm", "SLURM_JOB_NODELIST": "localhost,other", "HOSTFILE": "others"}),
         ("deepspeed.sh", {}),
         ("torchrun.sbatch", {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": 1, "SLURM_GPUS_ON_NODE": 2}),
     ],

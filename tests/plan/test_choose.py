@@ -21,7 +21,7 @@ from addax_ds.plan.padding import padding_of
 from addax_ds.plan.parts import PARTS
 from addax_ds.plan.rehearsals import RehearsalLostError
 from addax_ds.plan.rehearse import Rehearsal
-from addax_ds.plan.seconds import CARRIED, COMPUTED, DRAWN, estimate
+from addax_ds.plan.seconds import CARRIED, COMPUTED, DRAWN, UPDATED, estimate
 from addax_ds.shapes import shape_of, sizes_of
 
 GIB = 2**30
@@ -203,7 +203,8 @@ def test_seconds_are_those_of_the_slower_of_computing_and_receiving():
     assert seconds.computing == pytest.approx(1 / COMPUTED)
     assert seconds.receiving == pytest.approx(300e9 / (400e9 * CARRIED))
     # Both points of each weight, and the shard in its update, read once and written once at half the memory's speed.
-    assert seconds.perturbing == pytest.approx((2 + 1 / 16) * 140e9 / (3.35e12 / 2 * DRAWN["normal"]))
+    both, update = 2 / DRAWN["normal"], 1 / 16 / UPDATED["normal"]
+    assert seconds.perturbing == pytest.approx((both + update) * 140e9 / (3.35e12 / 2))
     assert seconds.step == seconds.computing + seconds.perturbing
     slow = Cluster(2, 8, gpu_of("h100", node_link="10Gbit/s"))
     assert estimate(step, config, slow, weights=140e9).step == pytest.approx(300 / 1.25 / CARRIED)
@@ -227,8 +228,9 @@ def test_a_shards_own_noise_is_drawn_once():
     step, on = Rehearsal({}, {}, {}, 0.0), Cluster(2, 8, GPUS["h100"])
     hsdp = build(RunConfig, {"method": "mezo", "engine": "fsdp", "replicas": 2, "perturb": "shard"}, "test")
     gathered, shard, half = (estimate(step, each, on, weights=140e9).perturbing for each in (config, own, hsdp))
-    # Three times in all: for either point, and in the update, which is each shard's own.
-    assert shard == pytest.approx(half / 2) == pytest.approx(gathered * 3 / 33)
+    # For either point, and in the update, which is each shard's own.
+    both, update = 2 / DRAWN["normal"], 1 / 16 / UPDATED["normal"]
+    assert shard == pytest.approx(half / 2) == pytest.approx(gathered * (both / 16 + update) / (both + update))
 
 
 def test_the_run_that_is_written_is_the_run_that_was_planned(tmp_path):

@@ -151,6 +151,19 @@ def test_other_ways_to_gather_are_planned_too(model, tmp_path, settings):
             assert row["rehearsed"] > 4
 
 
+def test_a_tied_embedding_is_gathered_at_both_ends_under_zero_3(model, tmp_path):
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**shape, "vocab_size": 4000, "tie_word_embeddings": True}))
+    where = ["--gpus-per-node", "2", "--long", "64", "--lt", "32", "--sharding", "zero3", "--output", "plan"]
+    run("plan", "--model", model, *where, "--rehearse", cwd=tmp_path, seconds=800, before=addax_alone).check()
+    tables = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    whole = {row["figure"]: row for row in tables["rehearsal"]}
+    assert whole["model sizes received"]["planned"] > 3.5  # else it would be 3
+    assert whole["model sizes received"]["rehearsed"] == pytest.approx(
+        whole["model sizes received"]["planned"], rel=0.05
+    )
+
+
 def test_where_no_sample_fits_what_it_takes_is_shown(tiny, model, tmp_path):
     words = [tiny.run_file, "--tokenizer", tiny.model, "--model", model, "--gpus-per-node", "2", "--output", "plan"]
     done = run("plan", *words, "--gpu-memory", "2.0005GiB", cwd=tmp_path, seconds=800, before=addax_alone)
