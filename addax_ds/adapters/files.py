@@ -89,7 +89,7 @@ def load_adapters(model: nn.Module, folder: Path) -> TensorTrainConfig:
 def another_backbone(folder: Path, base_model: Any) -> str:
     """What is wrong with adapters of a folder, in a line whatever name their settings give."""
     name = shorten(str(base_model), 100, placeholder="...")
-    return f"{folder}: they belong to the backbone {name}, and this model has other weights: give model={name}"
+    return f"{folder}: they belong to the backbone {name}, and this model has other weights: set model to that"
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 from addax_ds.errors import UserError
 from addax_ds.plan.methods import Steps
 from addax_ds.plan.rehearse import Rehearsal
-from addax_ds.shapes import weightless
 
 _APART = 0.05
 """Share that figures may differ by."""
@@ -32,13 +31,9 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
             return moved * shards / (shards - 1) / steps.weights
 
         planned = model_sizes(few)
-        if steps.run.perturb == "gathered" and steps.run.adapter is None:
-            # All weights twice and all gradients once, as any first-order step.
+        if steps.sharding["engine"] == "fsdp" and steps.run.perturb == "gathered" and steps.run.adapter is None:
+            # All weights twice and all gradients once, as any first-order step. DeepSpeed keeps what is small.
             planned = 3 * steps.padding(steps.cluster.ranks)
-            if steps.sharding["engine"] == "deepspeed" and steps.shape.tie_word_embeddings:
-                # Which ZeRO-3 gathers anew at the model's other end, in the forward and in the backward.
-                model: Any = weightless(steps.shape)
-                planned += 2 * model.get_input_embeddings().weight.numel() / steps.elements
         figures["model sizes received"] = planned, model_sizes(whole)
     names = sorted({*few.collectives, *whole.collectives})
     counts = {name: (few.collectives.get(name, 0), whole.collectives.get(name, 0)) for name in names}

@@ -78,14 +78,9 @@ class Steps:
         return sizes_of(self.shape)
 
     @property
-    def elements(self) -> int:
-        """Weights of the whole model."""
-        return sum(size.numel() for size in self.sizes.values())
-
-    @property
     def weights(self) -> int:
-        """Their bytes."""
-        return self.elements * getattr(torch, self.run.dtype).itemsize
+        """Bytes of the whole model."""
+        return sum(size.numel() for size in self.sizes.values()) * getattr(torch, self.run.dtype).itemsize
 
     @cached_property
     def _paddings(self) -> dict[int, float]:
