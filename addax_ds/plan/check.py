@@ -30,11 +30,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
             moved = sum(size for kind, size in step.received.items() if kind != "all_reduce")
             return moved * shards / (shards - 1) / steps.weights
 
-        planned = model_sizes(few)
-        if steps.sharding["engine"] == "fsdp" and steps.run.perturb == "gathered" and steps.run.adapter is None:
-            # All weights twice and all gradients once, as any first-order step. DeepSpeed keeps what is small.
-            planned = 3 * steps.padding(steps.cluster.ranks)
-        figures["model sizes received"] = planned, model_sizes(whole)
+        figures["model sizes received"] = _by_the_method(steps) or model_sizes(few), model_sizes(whole)
     names = sorted({*few.collectives, *whole.collectives})
     counts = {name: (few.collectives.get(name, 0), whole.collectives.get(name, 0)) for name in names}
     # How many weights DeepSpeed gathers at once depends on what is ahead: its counts are told alone.
@@ -47,3 +43,20 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
             faults.append(f"{name}: planned {planned:.4g}, rehearsed {rehearsed:.4g}")
     if faults:
         raise UserError(f"the plan is not what the rehearsal takes: {'; '.join(faults)}")
+
+
+def _by_the_method(steps: Steps) -> float | None:
+    """Model sizes that a step receives: all weights twice and all gradients once, as in any first-order step.
+
+    None where that is not said: of other ways to gather, and where DeepSpeed keeps much gathered or gathers tied weights
+    at both of their places.
+    """
+    if steps.run.perturb != "gathered" or steps.run.adapter is not None:
+        return None
+    if steps.sharding["engine"] == "fsdp":
+        return 3 * steps.padding(steps.cluster.ranks)
+    from addax_ds.plan import zero3
+
+    sizes = [size.numel() for size in steps.sizes.values()]
+    keeps_much = zero3.kept(steps.config("addax", steps.cluster.ranks), sizes) > _APART * sum(sizes)
+    return None if keeps_much or steps.shape.tie_word_embeddings else 3.0

@@ -5,7 +5,7 @@ Names of its internals were checked against version 0.19.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -90,6 +90,14 @@ def horizon(config: RunConfig) -> float:
     updated_at_once = zero.sub_group_size if config.method in BASELINES and config.adapter is None else 0
     # What it gathers ahead is live, too.
     return zero.max_live_parameters + zero.max_reuse_distance + updated_at_once
+
+
+def kept(config: RunConfig, sizes: Iterable[int]) -> int:
+    """Elements at most that DeepSpeed keeps gathered from one use to the next: the smallest of these weights, and what
+    its bounds let live."""
+    zero = _zero_settings(config)
+    small = sum(size for size in sizes if size <= zero.param_persistence_threshold)
+    return small + zero.max_live_parameters + zero.max_reuse_distance
 
 
 def _zero_settings(config: RunConfig) -> DeepSpeedZeroConfig:
