@@ -48,8 +48,8 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
 def _by_the_method(steps: Steps) -> float | None:
     """Model sizes that a step receives: all weights twice and all gradients once, as in any first-order step.
 
-    None where that is not said: of other ways to gather, and where DeepSpeed keeps much gathered or gathers tied weights
-    at both of their places.
+    None where that is not said: of other ways to gather, and where DeepSpeed keeps much gathered, or gathers tied
+    weights at both of their places.
     """
     if steps.run.perturb != "gathered" or steps.run.adapter is not None:
         return None
