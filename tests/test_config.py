@@ -89,6 +89,7 @@ def test_a_run_file_with_overrides(tmp_path):
         ("", ["lt=-3"], "lt is -3"),
         ("", ["engine=deepspeed"], "ds_config"),
         ("", ["replicas=2"], "replicas above 1 needs engine: fsdp"),
+        ("", ["offload=true"], "offload needs engine: fsdp; DeepSpeed's is offload_param in ds_config"),
         ("", ["task.prompt=x"], "a task needs label with labels or choices, or completion"),
         ("", ["task.promt=x"], "unknown key promt, did you mean prompt?"),
         ("", ["steps.x=1"], "steps"),

@@ -114,7 +114,7 @@ def plan(
     gpu_bandwidth: Annotated[str | None, typer.Option(help="Of a GPU's own memory, such as 3.35TB/s.")] = None,
     gpu_link: Annotated[str | None, typer.Option(help="What joins GPUs of a node, such as 450GB/s.")] = None,
     node_link: Annotated[str | None, typer.Option(help="What joins nodes, all cards, such as 3200Gbit/s.")] = None,
-    sharding: Annotated[str, typer.Option(help="fsdp, hsdp, zero3 or zero3-offload.")] = "fsdp",
+    sharding: Annotated[str, typer.Option(help="fsdp, hsdp, fsdp-offload, zero3 or zero3-offload.")] = "fsdp",
     long: Annotated[int | None, typer.Option(help="Tokens of the longest sample, without data: 512.")] = None,
     lt: Annotated[int | None, typer.Option(help="L_T, without data: 170.")] = None,
     zo_micro_batch: Annotated[int, typer.Option(help="Samples that a GPU takes zeroth-order at once, at most.")] = 6,
@@ -133,7 +133,10 @@ def plan(
     has_data = is_from_file or any(setting.startswith("data=") for setting in given)
     if has_data and (long is not None or lt is not None):
         raise UserError("data have lengths of their own, for which L_T is chosen: leave --long and --lt out")
-    planned = ("lt=", "k0=", "k1=", "zo_micro_batch=", "fo_micro_batch=", "engine=", "ds_config=", "replicas=")
+    planned = (
+        *("lt=", "k0=", "k1=", "zo_micro_batch=", "fo_micro_batch="),
+        *("engine=", "ds_config=", "replicas=", "offload="),
+    )
     for setting in given:
         if setting.startswith(planned):
             raise UserError(f"{setting}: a plan chooses that: leave it out, and see the options of addax-ds plan")

@@ -166,9 +166,10 @@ def _addax(config: RunConfig) -> RunConfig:
 
 def _prepared(config: RunConfig, tokenizer: str | None, context: int | None) -> Prepared:
     """The samples, in tokens of the model's tokenizer or another; context: tokens that the model takes."""
-    replicated = {"engine": "replicated", "ds_config": None, "replicas": 1, "model": tokenizer or config.model}
+    replicated = {"engine": "replicated", "ds_config": None, "replicas": 1, "offload": False}
+    read = {**values_of(config), **replicated, "model": tokenizer or config.model}
     try:
-        return prepare_inputs(build(RunConfig, {**values_of(config), **replicated}, "plan"), context)
+        return prepare_inputs(build(RunConfig, read, "plan"), context)
     except UserError as error:
         if tokenizer is None and config.model in str(error):
             raise UserError(f"{error}: or give --tokenizer, a folder, a hub id or smollm2-135m") from None

@@ -71,6 +71,9 @@ class RunConfig(AddaxConfig):
     """DeepSpeed configuration, for example ds_configs/zero3.json."""
     replicas: int = 1
     """FSDP: copies of the sharded model; above 1 is HSDP."""
+    offload: bool = False
+    """FSDP: shards lie in the node's memory, are updated there, and go to the GPU as they are gathered. DeepSpeed's
+    offload_param stands in `ds_config`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; sgd and adamw compute in it and keep float32 weights beside."""
     activation_checkpointing: bool = False
@@ -165,6 +168,10 @@ class RunConfig(AddaxConfig):
             "a prefix is not passed on to blocks that are recomputed: leave activation_checkpointing out, or take lora",
         )
         require(self.replicas == 1 or self.engine == "fsdp", "replicas above 1 needs engine: fsdp")
+        require(
+            not self.offload or self.engine == "fsdp",
+            "offload needs engine: fsdp; DeepSpeed's is offload_param in ds_config",
+        )
         if self.method in ("addax", "addax-wa"):
             require(0 < self.alpha < 1, f"method {self.method} takes alpha between 0 and 1, and it is {self.alpha}")
         require(

@@ -1,19 +1,14 @@
 """What FSDP2's functions allocate for, and where its shards lie."""
 
-import contextlib
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from addax_ds.plan.stand_ins import Replacement, replaced
+from addax_ds.plan.stand_ins import Replacement
 from addax_ds.plan.tracker import HOST, Tracker
-from addax_ds.training import models
 
 
 def parts(offload: bool) -> dict[tuple[Any, str], str]:
@@ -44,11 +39,3 @@ def on_host(tracker: Tracker) -> list[Replacement]:
 
     init_sharded, to_sharded_dtensor = FSDPParam._init_sharded_param, FSDPParam.to_sharded_dtensor
     return [(FSDPParam, "_init_sharded_param", init), (FSDPParam, "to_sharded_dtensor", to_dtensor)]
-
-
-@contextlib.contextmanager
-def offloaded() -> Iterator[None]:
-    """Models that a run shards meanwhile have their shards on the host."""
-    policy = CPUOffloadPolicy(pin_memory=False)
-    with replaced([(models, "wrap", partial(models.wrap, offload_policy=policy))]):
-        yield

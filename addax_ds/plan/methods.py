@@ -63,14 +63,9 @@ class Steps:
     @property
     def methods(self) -> list[str]:
         """Those that can be rehearsed: not DeepSpeed's optimizers with offloaded parameters."""
-        others = not self.offloads
-        return [name for name, settings in METHODS.items() if others or settings["method"] not in BASELINES]
-
-    @property
-    def offloads(self) -> bool:
-        """Whether parameters lie on the host."""
         path = self.sharding["ds_config"]
-        return path is not None and "offload_param" in json.loads(Path(path).read_text())["zero_optimization"]
+        offloads = path is not None and "offload_param" in json.loads(Path(path).read_text())["zero_optimization"]
+        return [name for name, settings in METHODS.items() if not offloads or settings["method"] not in BASELINES]
 
     @cached_property
     def sizes(self) -> dict[str, torch.Size]:

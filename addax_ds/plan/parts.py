@@ -33,12 +33,10 @@ _PARTS: Parts = {
 
 
 @contextlib.contextmanager
-def by_part(
-    tracker: Tracker, config: RunConfig, offload: bool, *modes: contextlib.AbstractContextManager
-) -> Iterator[None]:
+def by_part(tracker: Tracker, config: RunConfig, *modes: contextlib.AbstractContextManager) -> Iterator[None]:
     """Names for what a step allocates, and whether it lies on the host.
 
-    offload: of FSDP2. modes: what guests' threads enter with the tracker, real runs' none.
+    modes: what guests' threads enter with the tracker, real runs' none.
     """
 
     def counted(part: str, function: Callable) -> Callable:
@@ -85,7 +83,7 @@ def by_part(
 
         of_engine, on_host = zero3.PARTS, zero3.on_host(tracker)
     else:
-        of_engine, on_host = fsdp.parts(offload), fsdp.on_host(tracker)
+        of_engine, on_host = fsdp.parts(config.offload), fsdp.on_host(tracker)
     parts = {**_PARTS, **of_engine}
     named = [(owner, name, counted(part, getattr(owner, name))) for (owner, name), part in parts.items()]
     everywhere = [(guest.HostSettings, "run", in_guest), (torch.Tensor, "to", to), (kernels, "update", update)]

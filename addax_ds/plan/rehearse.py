@@ -19,7 +19,6 @@ from addax_ds.baselines import Baseline
 from addax_ds.config import RunConfig
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
-from addax_ds.plan import fsdp
 from addax_ds.plan.batches import LAST_TOKEN, Targets
 from addax_ds.plan.evaluated import Evaluated
 from addax_ds.plan.parts import PARTS, by_part
@@ -69,23 +68,19 @@ def rehearse(
     all_layers: bool = False,
     *,
     targets: Targets = LAST_TOKEN,
-    offload: bool = False,
     evaluated: Evaluated | None = None,
 ) -> Rehearsal:
     """A step of a run on `ranks` ranks, whose batches are `long` and `short` tokens wide, with such targets.
 
-    Rehearsed with few layers, and extrapolated, unless with `all_layers`. offload: FSDP2's shards are
-    on the host, as by `addax_ds.shard(model, mesh, offload_policy=CPUOffloadPolicy())`; of ZeRO-3's
-    the DeepSpeed configuration says that. evaluated: what is evaluated, in place of a step. Raises `UserError` for
-    what cannot be rehearsed.
+    Rehearsed with few layers, and extrapolated, unless with `all_layers`. evaluated: what is evaluated, in place of a
+    step. Raises `UserError` for what cannot be rehearsed.
     """
-    _refuse(config, offload)
+    _refuse(config)
     layers, few = shape.num_hidden_layers, _few_layers(shape, config, evaluated)
     if all_layers or layers <= few + 1:
-        return _rehearse(shape, config, ranks, long, short, targets, offload, evaluated)
+        return _rehearse(shape, config, ranks, long, short, targets, evaluated)
     first, second = (
-        _rehearse(with_layers(shape, n), config, ranks, long, short, targets, offload, evaluated)
-        for n in (few, few + 1)
+        _rehearse(with_layers(shape, n), config, ranks, long, short, targets, evaluated) for n in (few, few + 1)
     )
 
     def at_all(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
@@ -105,7 +100,7 @@ def rehearse(
     )
 
 
-def _refuse(config: RunConfig, offload: bool) -> None:
+def _refuse(config: RunConfig) -> None:
     if config.perturb == "auto":
         raise UserError("perturb: auto measures the GPUs of a run: plan perturb=gathered or perturb=shard")
     if config.engine == "replicated":
@@ -115,8 +110,6 @@ def _refuse(config: RunConfig, offload: bool) -> None:
             from addax_ds.plan import zero3
         except ImportError:
             raise UserError("engine: deepspeed needs DeepSpeed: pip install 'addax-ds[deepspeed]'") from None
-        if offload:
-            raise UserError("offload is FSDP2's: with engine: deepspeed put offload_param into ds_config")
         zero3.refuse(config)
 
 
@@ -161,7 +154,6 @@ def _rehearse(
     long: int,
     short: int,
     targets: Targets,
-    offload: bool,
     evaluated: Evaluated | None,
 ) -> Rehearsal:
     at = None if evaluated is None else evaluated.columns(config)
@@ -174,13 +166,13 @@ def _rehearse(
             from addax_ds.plan import zero3
 
             stack.enter_context(zero3.rehearsed())
-        stack.enter_context(by_part(tracker, config, offload, fake))
+        stack.enter_context(by_part(tracker, config, fake))
         stack.enter_context(fake)
         stack.enter_context(tracker)
         # The first step builds what later ones keep, and the second gathers ahead by what DeepSpeed has noted of it.
         # Evaluations keep nothing.
         warm = 0 if evaluated is not None else 2 if _is_gathered_ahead(config, evaluated) else 1
-        return a_step(shape, config, world, long, short, tracker, targets, offload, evaluated, warm=warm)
+        return a_step(shape, config, world, long, short, tracker, targets, evaluated, warm=warm)
 
 
 def a_step(
@@ -191,17 +183,15 @@ def a_step(
     short: int,
     tracker: Tracker,
     targets: Targets,
-    offload: bool = False,
     evaluated: Evaluated | None = None,
     *,
     warm: int,
 ) -> Rehearsal:
     """What the tracker sees of a step, or of an evaluation, of a run with random weights, after `warm` others."""
-    with fsdp.offloaded() if offload else contextlib.nullcontext():
-        model = _model(shape, config)
-        inputs = accepted(model)
-        taking = build_optimizer(model, config, world)
-        del model  # as it was before its weights were sharded
+    model = _model(shape, config)
+    inputs = accepted(model)
+    taking = build_optimizer(model, config, world)
+    del model  # as it was before its weights were sharded
     zo = targets.micro_batches(config.k0, config.zo_micro_batch, long, shape.vocab_size)
     fo = targets.micro_batches(config.k1, config.fo_micro_batch, short, shape.vocab_size)
     zo, fo = ([placed(batch, inputs, world.device) for batch in batches] for batches in (zo, fo))

@@ -12,8 +12,9 @@ from addax_ds.plan.rehearse import with_layers
 from addax_ds.shapes import count_of
 from addax_ds.training.metrics import write_json
 
-SHARDINGS = ("fsdp", "hsdp", "zero3", "zero3-offload")
-"""FSDP2; the same with a copy on each node; ZeRO-3; the same with parameters in the nodes' own memory."""
+SHARDINGS = ("fsdp", "hsdp", "fsdp-offload", "zero3", "zero3-offload")
+"""FSDP2; the same with a copy on each node, or with shards in the nodes' own memory; ZeRO-3; the same with parameters
+there."""
 
 DS_CONFIG = "ds_config.json"
 
@@ -24,13 +25,14 @@ def settings_of(sharding: str, cluster: Cluster, shape: PretrainedConfig, dtype:
         raise UserError(f"sharding {sharding}{nearest(sharding, [*SHARDINGS])}")
     if sharding == "hsdp" and cluster.nodes == 1:
         raise UserError("hsdp keeps a copy on each node, and there is one: plan fsdp, or more nodes")
-    if sharding in ("fsdp", "hsdp"):
-        return {"engine": "fsdp", "ds_config": None, "replicas": cluster.nodes if sharding == "hsdp" else 1}
+    if sharding in ("fsdp", "hsdp", "fsdp-offload"):
+        replicas = cluster.nodes if sharding == "hsdp" else 1
+        return {"engine": "fsdp", "ds_config": None, "replicas": replicas, "offload": sharding == "fsdp-offload"}
     zero = _zero3(shape, dtype)
     if sharding == "zero3-offload":
         zero["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     write_json(folder / DS_CONFIG, zero)
-    return {"engine": "deepspeed", "ds_config": str(folder / DS_CONFIG), "replicas": 1}
+    return {"engine": "deepspeed", "ds_config": str(folder / DS_CONFIG), "replicas": 1, "offload": False}
 
 
 def _zero3(shape: PretrainedConfig, dtype: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _FREE = {
     "engine",
     "ds_config",
     "replicas",
+    "offload",
     "perturb",
     "activation_checkpointing",
     "eval_every",

@@ -47,8 +47,11 @@ class Place:
             return rows.reshape(-1)[start - first * row : stop - first * row]
 
 
-Unread: TypeAlias = Mapping[nn.Parameter, Place]
-"""The hollow parameters of a model, and where their values lie."""
+Unread: TypeAlias = Mapping[str, Place]
+"""Hollow parameters of a model by name, and where their values lie.
+
+It holds none of them: FSDP2 puts others in their place, and whole weights would stay on the GPU with what holds them.
+"""
 NOTHING: Unread = MappingProxyType({})
 """Of a model that is whole."""
 
@@ -63,7 +66,7 @@ def may_stay_in_files(config: RunConfig, ds_config: dict[str, Any]) -> bool:
     return shards and not isinstance(config.adapter, PrefixConfig) and config.adapter_weights is None
 
 
-def open_weights(location: str, make: Callable[..., Any]) -> tuple[Any, Unread] | None:
+def open_weights(location: str, make: Callable[..., Any]) -> tuple[Any, dict[nn.Parameter, Place]] | None:
     """A model with hollow parameters, its buffers as they are when it is loaded, and the places of its weights.
 
     make: loads it by `from_pretrained` with these options. None where its weights are not in safetensors
@@ -124,7 +127,7 @@ def _places(model: Any, files: list[str]) -> dict[int, Place] | None:
     return places if all(id(tensor) in places for tensor in named.values()) else None
 
 
-def _hollowed(model: nn.Module, places: dict[int, Place]) -> Unread:
+def _hollowed(model: nn.Module, places: dict[int, Place]) -> dict[nn.Parameter, Place]:
     """Put hollow parameters in place of those on the meta device, tied ones once."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -135,16 +138,16 @@ def _hollowed(model: nn.Module, places: dict[int, Place]) -> Unread:
     return {parameter: places[id(before)] for before, parameter in made.items()}
 
 
-def by_name(model: nn.Module, unread: Unread) -> dict[str, Place]:
-    """The places of a model's hollow parameters by the names that they have now, to be kept while it is sharded."""
-    return {name: unread[parameter] for name, parameter in model.named_parameters() if parameter in unread}
+def by_name(model: nn.Module, places: Mapping[nn.Parameter, Place]) -> Unread:
+    """The places of a model's hollow parameters by the names that they have now."""
+    return {name: places[parameter] for name, parameter in model.named_parameters() if parameter in places}
 
 
 @torch.no_grad()
-def fill(shards: Iterable[Shard], places: Mapping[str, Place]) -> None:
+def fill(shards: Iterable[Shard], unread: Unread) -> None:
     """Read the shards that have a place. Raises `UserError` where a file cannot be read."""
     for shard in shards:
-        place = places.get(shard.name)
+        place = unread.get(shard.name)
         if place is None or not shard.local.numel():
             continue
         try:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -94,8 +94,9 @@ def open_model(location: str, config: RunConfig) -> tuple[nn.Module, Unread]:
     if not quantized and may_stay_in_files(config, ds_config):
         opened = open_weights(location, partial(_loaded, location, config))
         if opened is not None:
-            model, unread = opened
-            return _adapted(model, config), unread
+            model, places = opened
+            model = _adapted(model, config)
+            return model, by_name(model, places)
     return load_model(location, config), NOTHING
 
 
@@ -284,9 +285,10 @@ def _place(model: nn.Module, config: RunConfig, world: World, unread: Unread, **
         names: tuple[str, ...] = ("shard",)
         if config.replicas > 1:
             shape, names = (config.replicas, world.size // config.replicas), ("replicate", "shard")
-        places = by_name(model, unread)
+        if config.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         wrap(model, init_device_mesh(world.device.type, shape, mesh_dim_names=names), **options)
-        fill(shards_of(model), places)
+        fill(shards_of(model), unread)
         return
     model.to(world.device)
     for parameter in model.parameters():  # out of the file that is mapped, at which each guest would copy them
@@ -324,7 +326,7 @@ def _initialize_deepspeed(
         from addax_ds.engines import zero3, zero_init
 
         zero_init.partition(model, ds_config)
-        fill(zero3.shards_of(model), by_name(model, unread))
+        fill(zero3.shards_of(model), unread)
     engine, _, _, _ = deepspeed.initialize(model=model, config=ds_config)
     return engine
 

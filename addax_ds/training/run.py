@@ -140,7 +140,7 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     resuming = can_resume(config, pools)
     # SIGTERM is noted until the group is left, too: a launcher that ends the ranks beside one that is lost must not
     # keep them from saying so.
-    with contextlib.ExitStack() as noted, joined(config.timeout_minutes) as world:
+    with contextlib.ExitStack() as noted, joined(config.timeout_minutes, config.offload) as world:
         return _train(config, prepared, pools, world, resuming, noted.enter_context(requests()), started)
 
 

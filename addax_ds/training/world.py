@@ -99,11 +99,12 @@ def free_port() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
+def joined(timeout_minutes: float = 10.0, offload: bool = False) -> Iterator[World]:
     """Join the process group for the length of the context (`discover` comes first).
 
-    A collective that takes longer than `timeout_minutes` has lost a rank. Raises `RankLostError` then,
-    and where another rank has ended, and `OutOfMemoryError` where this one has too little memory.
+    A collective that takes longer than `timeout_minutes` has lost a rank. offload: what lies on the CPUs is reduced
+    there, such as the norm of gradients. Raises `RankLostError` then, and where another rank has ended, and
+    `OutOfMemoryError` where this one has too little memory.
     """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
@@ -119,7 +120,8 @@ def joined(timeout_minutes: float = 10.0) -> Iterator[World]:
         attempt = dist.PrefixStore(f"addax_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # Else NCCL guesses at barriers which GPU is this rank's.
         own = device if device.type == "cuda" else None
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout, device_id=own)
+        backends = "cpu:gloo,cuda:nccl" if offload and backend == "nccl" else backend
+        dist.init_process_group(backends, store=attempt, rank=rank, world_size=size, timeout=timeout, device_id=own)
     except dist.DistError as error:
         told = " ".join(str(error).split())[:120]
         if backend == "nccl" and isinstance(error, dist.DistBackendError) and "timed out" not in str(error).lower():

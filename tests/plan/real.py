@@ -110,16 +110,15 @@ def measured(
     long: int,
     short: int,
     targets: Targets,
-    offload: bool,
     evaluated: Evaluated | None = None,
 ) -> Rehearsal:
     """The same step with real tensors, on real ranks."""
     tracker = OnRanks("weights")
     world = RunWorld(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
-    with by_part(tracker, config, offload), own_linear(config), tracker:
+    with by_part(tracker, config), own_linear(config), tracker:
         # In DeepSpeed's second step ranks compare what they have noted of the first.
         warm = 2 if config.engine == "deepspeed" else 1
-        return a_step(shape, config, world, long, short, tracker, targets, offload, evaluated, warm=warm)
+        return a_step(shape, config, world, long, short, tracker, targets, evaluated, warm=warm)
 
 
 def allocated(shape: PretrainedConfig, config: RunConfig, long: int, short: int) -> int:
@@ -153,13 +152,12 @@ def compare(
     short: int,
     *,
     targets: Targets = LAST_TOKEN,
-    offload: bool = False,
     evaluated: Evaluated | None = None,
     **more,
 ) -> Rehearsal:
     """The rehearsal of a step, held against the real one; `record` is pytest's `record_property`."""
     config = run_of(method, world.size, **more)
-    options = {"targets": targets, "offload": offload, "evaluated": evaluated}
+    options = {"targets": targets, "evaluated": evaluated}
     planned = rehearse(SHAPES[shape](), config, world.size, long, short, **options)
     step = {"shape": SHAPES[shape](), "config": config, "long": long, "short": short, **options}
     real = world.run(measured, seconds=STEP_SECONDS, **step)[0]

@@ -1,7 +1,9 @@
 """Weights read straight into shards: the same as those that are loaded whole, without the memory for them."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from addax_ds.core.shard import Shard
 from addax_ds.digest import weights_digest
 from addax_ds.errors import UserError
 from addax_ds.training import export, models
-from addax_ds.training.loading import by_name, fill
+from addax_ds.training.loading import fill
 from addax_ds.training.models import build_optimizer, load_model, load_tokenizer, open_model
 from addax_ds.training.world import World as Ranks
 from tests.cli.commands import run
@@ -175,11 +177,10 @@ def test_what_cannot_be_loaded_is_refused_in_the_words_of_loading_it_whole(folde
 def test_a_file_that_goes_bad_before_it_is_read_is_one_line(folders, tmp_path):
     shutil.copytree(folders["untied"], tmp_path / "model")
     config = config_for("fsdp", tmp_path / "model", tmp_path)
-    model, unread = open_model(config.model, config)
+    _, unread = open_model(config.model, config)
     cut_off(tmp_path / "model")
-    places = by_name(model, unread)
     with pytest.raises(UserError, match=r"model.safetensors cannot be read .*: restore it"):
-        fill([Shard("lm_head.weight", 67 * 24, 0, torch.empty(67 * 24))], places)
+        fill([Shard("lm_head.weight", 67 * 24, 0, torch.empty(67 * 24))], unread)
 
 
 class BufferedConfig(LlamaConfig):
@@ -212,6 +213,31 @@ def test_saved_buffers_are_read_and_exported(tiny, tmp_path, monkeypatch):
     assert weights_digest(addax_ds.Addax(exported).engine) == weights_digest(addax_ds.Addax(made).engine)
 
 
+def whole_ones_left(config: RunConfig) -> int:
+    """Of the parameters that a model had before it was sharded, with memory that was whole then, how many live on."""
+    model, unread = open_model(config.model, config)
+    before = [weakref.ref(parameter) for parameter in model.parameters()]
+    optimizer = build_optimizer(model, config, ranks(), unread)
+    gc.collect()
+    assert optimizer.engine.model is model and unread
+    return sum(parameter() is not None for parameter in before)
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"offload": True},
+        {"method": "adamw", "checkpoint_every": 0},
+        {"method": "mezo", "adapter": LoraConfig()},
+    ],
+)
+def test_what_was_whole_is_given_up_when_it_is_sharded(world: World, folders, tmp_path, settings):
+    config = config_for("fsdp", folders["untied"], tmp_path, **settings)
+    assert world.run(whole_ones_left, config=config) == [0, 0]
+
+
 @pytest.mark.parametrize("world", [4], indirect=True)
 @pytest.mark.parametrize("engine", ["hsdp", "hpz"])
 def test_replicas_and_secondary_copies_hold_the_same(world: World, folders, tmp_path, engine):
@@ -239,5 +265,15 @@ def test_a_run_ends_with_the_weights_of_one_that_loaded_its_model_whole(tiny, tm
     digests = []
     for output, before in (("apart", None), ("whole", whole_on_every_rank)):
         run("train", tiny.run_file, f"output={output}", *settings, cwd=tmp_path, ranks=2, before=before).check()
+        digests.append(json.loads((tmp_path / output / "summary.json").read_text())["final_digest"])
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("settings", [["method=addax"], ["method=adamw", "lr=0.01"], ["method=adazeta"]])
+def test_a_run_with_shards_on_the_host_ends_with_the_same_weights(tiny, tmp_path, settings):
+    digests = []
+    for output, offload in (("gpu", "false"), ("host", "true")):
+        words = ["engine=fsdp", f"offload={offload}", *settings, f"output={output}"]
+        run("train", tiny.run_file, *words, cwd=tmp_path, ranks=2).check()
         digests.append(json.loads((tmp_path / output / "summary.json").read_text())["final_digest"])
     assert digests[0] == digests[1]
