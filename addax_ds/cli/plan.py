@@ -104,7 +104,8 @@ def _plan(asked: Asked, steps: Steps, lengths: list[int]) -> None:
         steps, lt = dataclasses.replace(steps, batch=choice.batch), choice.longest_first_order
         print(choice)
         steps, evaluates = _evaluating(steps, lt)
-    two_ways = steps.shards(asked.cluster.ranks) > 1 and steps.run.directions == "shared"  # to gather
+    # To gather; a host draws noise of its own at another speed than is known.
+    two_ways = steps.shards(asked.cluster.ranks) > 1 and steps.run.directions == "shared" and not steps.offloads
     if two_ways:
         links.begin(steps, lt)  # beside the methods
     tables = [_methods(asked, steps, lt)]

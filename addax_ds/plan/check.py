@@ -58,5 +58,6 @@ def _by_the_method(steps: Steps) -> float | None:
     from addax_ds.plan import zero3
 
     sizes = [size.numel() for size in steps.sizes.values()]
-    keeps_much = zero3.kept(steps.config("addax", steps.cluster.ranks), sizes) > _APART * sum(sizes)
-    return None if keeps_much or steps.shape.tie_word_embeddings else 3.0
+    spared = zero3.kept(steps.config("addax", steps.cluster.ranks), sizes) / (3 * sum(sizes))  # at most one gather
+    is_tied = getattr(steps.shape, "tie_word_embeddings", False)
+    return None if spared > _APART or is_tied else 3.0

@@ -63,9 +63,16 @@ class Steps:
     @property
     def methods(self) -> list[str]:
         """Those that can be rehearsed: not DeepSpeed's optimizers with offloaded parameters."""
+        others = not self.offloads or self.sharding["engine"] == "fsdp"
+        return [name for name, settings in METHODS.items() if others or settings["method"] not in BASELINES]
+
+    @property
+    def offloads(self) -> bool:
+        """Whether shards lie on the host."""
         path = self.sharding["ds_config"]
-        offloads = path is not None and "offload_param" in json.loads(Path(path).read_text())["zero_optimization"]
-        return [name for name, settings in METHODS.items() if not offloads or settings["method"] not in BASELINES]
+        if path is None:
+            return bool(self.sharding["offload"])
+        return "offload_param" in json.loads(Path(path).read_text())["zero_optimization"]
 
     @cached_property
     def sizes(self) -> dict[str, torch.Size]:

@@ -30,6 +30,7 @@ ENGINES = {
     "replicated": ["engine=replicated", "ds_config=null"],
     "fsdp": ["engine=fsdp", "ds_config=null"],
     "hsdp": ["engine=fsdp", "ds_config=null", "replicas=2"],
+    "fsdp-offload": ["engine=fsdp", "ds_config=null", "offload=true"],
     "zero2": deepspeed("zero2.json"),
     "zero3": deepspeed("zero3.json"),
     "zero3-offload": deepspeed("zero3_offload_param.json"),

@@ -54,7 +54,7 @@ def cluster(gib, nodes=2):
 def steps_of(shape, begin, nodes):
     """Steps whose rehearsals `begin` makes up."""
     evaluated = Evaluated((EXAMPLE,), samples=100, new_tokens=0)
-    where = {"engine": "fsdp", "ds_config": None, "replicas": 1}
+    where = {"engine": "fsdp", "ds_config": None, "replicas": 1, "offload": False}
     return Steps(shape, RUN, SimpleNamespace(begin=begin), nodes, where, Batch(), 64, LAST_TOKEN, evaluated)
 
 
