@@ -153,6 +153,7 @@ class HostSettings:
             (device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)
         ]
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run(self, forward: Callable[[], Any]) -> Any:
         with contextlib.ExitStack() as stack:
@@ -161,5 +162,7 @@ class HostSettings:
                 # No weight cache: a guest's weights live for one module only.
                 stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
             if self._stream is not None:
+                # A new thread's device is GPU 0, on which a stream's end would make a context of half a GiB.
+                torch.cuda.set_device(self._device)
                 stack.enter_context(torch.cuda.stream(self._stream))
             return self._context.copy().run(forward)

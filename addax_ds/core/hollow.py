@@ -15,8 +15,8 @@ def hollow(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty((), dtype=dtype).expand(tuple(shape))
 
 
-def give_memory(parameters: Iterable[nn.Parameter]) -> None:
-    """Memory, not yet written, for those that are hollow: to be split over the ranks at once."""
+def give_memory(parameters: Iterable[nn.Parameter], device: torch.device | str) -> None:
+    """Memory of the device, not yet written, for those that are hollow: to be split over the ranks at once."""
     for parameter in parameters:
         if parameter.numel() > 1 and not any(parameter.stride()):
-            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)

@@ -51,9 +51,9 @@ def wrap(model: nn.Module, mesh: DeviceMesh, **fully_shard_options) -> nn.Module
     _refuse_mixed_dtypes(model)
     for paths in units_of(model):
         modules = [model.get_submodule(path) for path in paths]
-        give_memory(parameter for module in modules for parameter in module.parameters())
+        give_memory((parameter for module in modules for parameter in module.parameters()), mesh.device_type)
         fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, **fully_shard_options)
-    give_memory(model.parameters())
+    give_memory(model.parameters(), mesh.device_type)
     fully_shard(model, mesh=mesh, **fully_shard_options)
     for module in model.modules():
         if isinstance(module, FSDPModule):

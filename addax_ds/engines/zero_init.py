@@ -25,7 +25,7 @@ def partition(model: nn.Module, ds_config: dict[str, Any]) -> None:
         zero_param_parallel_group=hpz_group(size, dist.get_world_size()),
     )
     for parameter in model.parameters():
-        give_memory([parameter])
+        give_memory([parameter], init.local_device)
         init._convert_to_zero_parameters([parameter])
     for buffer in model.buffers():  # DeepSpeed leaves a partitioned model where it is
         buffer.data = buffer.data.to(init.local_device)

@@ -60,4 +60,4 @@ def _by_the_method(steps: Steps) -> float | None:
     sizes = [size.numel() for size in steps.sizes.values()]
     spared = zero3.kept(steps.config("addax", steps.cluster.ranks), sizes) / (3 * sum(sizes))  # at most one gather
     is_tied = getattr(steps.shape, "tie_word_embeddings", False)
-    return None if spared > _APART or is_tied else 3.0
+    return None if spared > _APART / (1 + _APART) or is_tied else 3.0

@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is planned side by side: a method and its settings."""
 
+_NOT_OFFLOADED = "DeepSpeed's optimizers are not rehearsed with offloaded parameters: plan fsdp-offload"
 _MOST_NODES = 128
 _TELLING = 0.2
 """Share by which shards on two numbers of GPUs differ at least, so that memory on both tells them from the rest: where
@@ -139,7 +140,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}
     evaluation = steps.begin_evaluation(lt)
-    left_out: dict[str, str] = {}
+    left_out = dict.fromkeys(METHODS.keys() - steps.methods, _NOT_OFFLOADED)
     rehearsed: dict[str, Rehearsal] = {}
     others: dict[str, int] = {}
     for name, future in begun.items():  # what follows upon one begins while the next are under way

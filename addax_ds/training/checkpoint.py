@@ -115,10 +115,13 @@ class _Writing:
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._error: BaseException | None = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self, work: Callable[[], None]) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # a new thread's is GPU 0, on which torch would make a context
         try:
             work()
         except BaseException as error:  # CheckpointException is no Exception
@@ -168,16 +171,17 @@ class Checkpoints:
         None, and saves nothing, where a weight is not finite. Raises what the previous save has met.
         """
         self.wait()
+        trained = self._trained()
+        if not_finite(self._engine, trained):
+            return None
         mine = self._engine.is_primary_copy()
         staged = {}
-        for shard in self._trained():
+        for shard in trained:
             # Further replicas hold the same and write nothing.
             local = shard.local.detach() if mine else shard.local[:0]
             copy = torch.empty(local.shape, dtype=local.dtype).copy_(local)
             staged[shard.name] = Shard(shard.name, shard.numel, shard.start, copy)
-        if not_finite(self._engine, staged.values()):
-            return None
-        stored = digest_over(self._engine, self._trained())
+        stored = digest_over(self._engine, [*staged.values()])
         digest = stored if len(staged) == len(self._engine.names) else weights_digest(self._engine)
         self._writing = _Writing(lambda: self._write(step, staged, (digest, stored), run, prune))
         return digest

@@ -146,11 +146,13 @@ def by_name(model: nn.Module, places: Mapping[nn.Parameter, Place]) -> Unread:
 @torch.no_grad()
 def fill(shards: Iterable[Shard], unread: Unread) -> None:
     """Read the shards that have a place. Raises `UserError` where a file cannot be read."""
+    left = dict(unread)
     for shard in shards:
-        place = unread.get(shard.name)
+        place = left.pop(shard.name, None)
         if place is None or not shard.local.numel():
             continue
         try:
             shard.local.copy_(place.read(shard.start, shard.start + shard.local.numel()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{place.file} cannot be read ({error}): restore it") from None
+    assert not left, f"there are no shards of {min(left)} to read it into"

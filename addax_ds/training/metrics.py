@@ -48,6 +48,8 @@ class Step:
     skipped: StrictBool
     memory_bytes: _Count
     seconds: _Finite
+    wire_bytes: dict[str, _Count] | None = None
+    """By kind of collective, of a step whose traffic was counted."""
     accuracy: _Finite | None = None
     exact_match: _Finite | None = None
     f1: _Finite | None = None

@@ -259,9 +259,13 @@ def build_optimizer(model: nn.Module, config: RunConfig, world: World, unread: U
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
     if config.method == "sgd":
-        optimizer = torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+        # One weight after the other, and AdamW in one kernel: all at once would hold a further copy of them on a GPU.
+        optimizer = torch.optim.SGD(
+            parameters, config.lr, config.momentum, weight_decay=config.weight_decay, foreach=False
+        )
     else:
-        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+        fused = world.device.type == "cuda"
+        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
     autocast = computes_in_bfloat16 and config.engine == "replicated"
     return TorchBaseline(choose_engine(model), optimizer, config.max_grad_norm, autocast, **common)
 

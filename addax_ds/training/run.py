@@ -188,7 +188,6 @@ def _train(
 
     first, memory = state.steps, PeakMemory()
     progress = tqdm(total=config.steps, initial=first, disable=not world.is_main, unit="step", mininterval=0.5)
-    wire: WireCounter | None = None
     for step in range(first, config.steps):
         begun = time.monotonic()
         memory.begin_step()
@@ -201,10 +200,13 @@ def _train(
         if step == min(first + 1, config.steps - 1):
             with WireCounter() as wire:
                 metrics = optimizer.train_step(zo, fo, loss_fn)
+            metrics["wire_bytes"] = {**wire.received}
         else:
             metrics = optimizer.train_step(zo, fo, loss_fn)
         if step == first and config.perturb == "auto" and optimizer.placement:
             say(f"perturb: {optimizer.placement} ({optimizer.placement_reason})")
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)  # the backward is under way
         elapsed = time.monotonic() - begun
         tokens = _tokens(zo) * 2 * optimizer.queries + _tokens(fo)
         metrics.update(seconds=elapsed, tokens=tokens, memory_bytes=memory.end_step())
@@ -235,6 +237,9 @@ def _train(
 
     def summarize() -> dict[str, Any]:
         records = read_metrics(folder)
+        # Of rank 0 those of steps before the run went on, too.
+        in_steps = [max((record["memory_bytes"] for record in records), default=0), *(peak for _, peak in peaks[1:])]
+        counted = [record["wire_bytes"] for record in records if "wire_bytes" in record]
         summary = {
             "method": config.method_name,
             "engine": engine.name,
@@ -252,9 +257,9 @@ def _train(
             **{f"{name}_after": value for name, value in after.items()},
             **{f"dev_{name}": value for name, value in dev.items()},
             "seconds_per_step": statistics.median([record["seconds"] for record in records] or [math.nan]),
-            "wire_bytes_per_step": dict(wire.received) if wire is not None else {},
+            "wire_bytes_per_step": counted[-1] if counted else {},
             "peak_memory_bytes": [in_all for in_all, _ in peaks],
-            "step_memory_bytes": [in_steps for _, in_steps in peaks],
+            "step_memory_bytes": in_steps,
             "seconds_total": time.monotonic() - started,
             "final_digest": digest,
         }

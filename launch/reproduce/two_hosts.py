@@ -49,24 +49,25 @@ def main(
         sys.exit(2)
     words = [str(run_file), "steps=6", "save=false", "timeout_minutes=1", *(settings or [])]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and leave no namespaces behind
-    try:
-        with linked(link) as hosts:
+    with contextlib.ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(linked(link))
             for host in hosts:
                 give_up_soon(host)
-            output.mkdir(parents=True)
-            (output / "hostfile").write_text("".join(f"{host.address} slots={RANKS}\n" for host in hosts))
-            expected = None
-            for launcher in LAUNCHERS:
-                jobs = Jobs(launcher, hosts, words, output)
-                try:
-                    compare_gathers(jobs, link)
-                    expected = expected or undisturbed(jobs)
-                    lose_the_link(jobs, expected)
-                finally:
-                    jobs.end()
-    except UserError as error:
-        print(f"two hosts cannot be rehearsed here: {error}", file=sys.stderr)
-        sys.exit(2)
+        except UserError as error:
+            print(f"two hosts cannot be rehearsed here: {error}", file=sys.stderr)
+            sys.exit(2)
+        output.mkdir(parents=True)
+        (output / "hostfile").write_text("".join(f"{host.address} slots={RANKS}\n" for host in hosts))
+        expected = None
+        for launcher in LAUNCHERS:
+            jobs = Jobs(launcher, hosts, words, output)
+            try:
+                compare_gathers(jobs, link)
+                expected = expected or undisturbed(jobs)
+                lose_the_link(jobs, expected)
+            finally:
+                jobs.end()
 
 
 def give_up_soon(host: Host) -> None:

@@ -96,7 +96,7 @@ def described(folder: Path) -> list[str]:
 
 def without_times(step: dict) -> dict:
     """What the same run measures again to the last bit."""
-    return {name: value for name, value in step.items() if name not in ("seconds", "memory_bytes")}
+    return {name: value for name, value in step.items() if name not in ("seconds", "memory_bytes", "wire_bytes")}
 
 
 if __name__ == "__main__":

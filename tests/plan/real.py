@@ -34,6 +34,7 @@ METHODS = {
     "addax": {"method": "addax", "alpha": 1e-3},
     "mezo": {"method": "mezo"},
     "ip-sgd": {"method": "ip-sgd"},
+    "sgd": {"method": "sgd"},
     "adamw": {"method": "adamw"},
     "lora": {"method": "adamw", "adapter": {"kind": "lora"}},
     "adazeta": {"method": "adazeta"},

@@ -93,6 +93,7 @@ ZERO_POINTS = [
     (2, "ip-sgd", "llama-tied", {}, EVICTING, 64, 256),
     (2, "lora", "llama", {}, {}, 64, 256),
     (2, "adamw", "llama", {"dtype": "bfloat16"}, LARGE, 64, 256),
+    (2, "sgd", "llama", {}, LARGE, 64, 256),
     (2, "addax", "llama", {}, {**LARGE, **ON_CPU}, 256, 64),
     (4, "addax", "llama-tied", {}, EVICTING, 256, 64),
     (4, "addax", "opt", {}, {**LARGE, "zero_hpz_partition_size": 2}, 128, 128),
@@ -110,7 +111,7 @@ def test_so_it_is_under_zero_3(record_property, world: World, tmp_path, method, 
 
 @pytest.mark.parametrize(
     ("world", "method", "more"),
-    [(2, "addax", {}), (2, "ip-sgd", {"dtype": "bfloat16"}), (1, "adamw", {})],
+    [(2, "addax", {}), (2, "ip-sgd", {"dtype": "bfloat16"}), (2, "sgd", {}), (2, "lora", {}), (1, "adamw", {})],
     indirect=["world"],
 )
 def test_so_it_is_with_weights_on_the_host(record_property, world: World, method, more):
@@ -232,7 +233,7 @@ def test_a_few_lengths_tell_of_those_between(targets):
 
 @pytest.mark.parametrize(
     ("world", "method", "shape"),
-    [(4, "addax", "llama"), (4, "ip-sgd", "opt")],
+    [(4, "addax", "llama"), (4, "ip-sgd", "opt"), (4, "adamw", "llama"), (4, "lora", "llama")],
     indirect=["world"],
 )
 def test_so_it_is_with_replicas_of_shards(record_property, world: World, method, shape):
@@ -255,7 +256,10 @@ def test_a_few_layers_tell_of_all(tmp_path, method, zero):
     assert few.received == pytest.approx(whole.received)
 
 
-@pytest.mark.parametrize(("model", "sharding"), [("facebook/opt-13b", "fsdp"), ("Qwen/Qwen2.5-0.5B", "zero3")])
+@pytest.mark.parametrize(
+    ("model", "sharding"),
+    [("meta-llama/Llama-2-70b-hf", "fsdp"), ("facebook/opt-13b", "fsdp"), ("Qwen/Qwen2.5-0.5B", "zero3")],
+)
 def test_so_do_those_of_a_large_model_and_of_tied_embeddings(tmp_path, model, sharding):
     shape, nodes = shape_of(model), Cluster(2, 8, GPUS["h100"])
     config = run_of("addax", 16, dtype="bfloat16", **settings_of(sharding, nodes, shape, "bfloat16", tmp_path))

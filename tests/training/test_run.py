@@ -115,7 +115,7 @@ def test_the_resolved_config_gives_the_same_run_again(fit, tiny):
         assert f"# {name} " in text
     assert yaml.safe_load(text).keys() == {field.name for field in dataclasses.fields(RunConfig)}
     again = fit(file=done.folder / "config.yaml")
-    measured = ("seconds", "memory_bytes")
+    measured = ("seconds", "memory_bytes", "wire_bytes")
     for first, second in zip(done.steps, again.steps, strict=True):
         assert {k: v for k, v in first.items() if k not in measured} == {
             k: v for k, v in second.items() if k not in measured

@@ -44,7 +44,7 @@ def summary(folder):
 
 
 def without_times(folder):
-    times = ("seconds", "memory_bytes")
+    times = ("seconds", "memory_bytes", "wire_bytes")
     return [{key: value for key, value in record.items() if key not in times} for record in read_metrics(folder)]
 
 
@@ -123,8 +123,10 @@ def test_asked_to_end_in_an_evaluation_a_run_saves_at_once(untouched, tiny, tmp_
     expected = untouched("replicated", *method)
     assert without_times(tmp_path / "out") == without_times(expected)
     assert [record["step"] for record in read_metrics(expected) if "accuracy" in record] == [4]
-    for key in ("accuracy_before", "accuracy_after", "final_digest"):
+    for key in ("accuracy_before", "accuracy_after", "final_digest", "wire_bytes_per_step"):
         assert summary(tmp_path / "out")[key] == summary(expected)[key]
+    peak, _ = summary(tmp_path / "out")["step_memory_bytes"]
+    assert peak == max(record["memory_bytes"] for record in read_metrics(tmp_path / "out"))
 
 
 @pytest.fixture
