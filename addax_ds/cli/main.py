@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -206,6 +207,21 @@ def _load(settings: list[str] | None) -> RunConfig:
 
 def main() -> None:
     """Entry point; exits with 2 on bad input or want of memory, 143 on SIGTERM, once saved, 1 if a rank is lost."""
+    try:
+        _run()
+    except BaseException as error:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            raise
+        # NCCL's group was left as it was, and its end, which is Python's, too, waits for the other ranks of the node.
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+def _run() -> None:
     try:
         app()
     except PreemptedError as preempted:

@@ -158,11 +158,12 @@ class HostSettings:
     def run(self, forward: Callable[[], Any]) -> Any:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            if self._device is not None:
+                # A new thread's is GPU 0, on which a stream's end would make a context of half a GiB.
+                torch.cuda.set_device(self._device)
             for device, dtype in self._autocast:
                 # No weight cache: a guest's weights live for one module only.
                 stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
             if self._stream is not None:
-                # A new thread's device is GPU 0, on which a stream's end would make a context of half a GiB.
-                torch.cuda.set_device(self._device)
                 stack.enter_context(torch.cuda.stream(self._stream))
             return self._context.copy().run(forward)

@@ -140,7 +140,7 @@ def rows(steps: Steps, lt: int) -> Iterator[dict[str, Any]]:
     short = {name: lt if name == "addax" else steps.long for name in steps.methods}
     begun = {name: steps.begin(name, short[name]) for name in steps.methods}
     evaluation = steps.begin_evaluation(lt)
-    left_out = dict.fromkeys(METHODS.keys() - steps.methods, _NOT_OFFLOADED)
+    left_out = {name: _NOT_OFFLOADED for name in METHODS if name not in steps.methods}
     rehearsed: dict[str, Rehearsal] = {}
     others: dict[str, int] = {}
     for name, future in begun.items():  # what follows upon one begins while the next are under way

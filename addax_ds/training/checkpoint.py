@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +45,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
+FILE_BYTES = 2**30
+"""Of a file, of which a rank writes one after the other: each is put together in memory before."""
 _COMPLETE = re.compile(r"step-(\d{6,})")
 _KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights that are trained
 # Names of folders that are being written or removed: never read.
@@ -120,9 +122,9 @@ class _Writing:
         self._thread.start()
 
     def _run(self, work: Callable[[], None]) -> None:
-        if self._device is not None:
-            torch.cuda.set_device(self._device)  # a new thread's is GPU 0, on which torch would make a context
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # a new thread's is GPU 0, on which torch would make a context
             work()
         except BaseException as error:  # CheckpointException is no Exception
             self._error = error
@@ -213,14 +215,15 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         state: dict[str, Any] = {name: FlatRange(shard) for name, shard in staged.items()}
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        files = _files_of(staged.values(), self._engine.world_size)
+        writer = HuggingFaceStorageWriter(str(partial), files, save_distributed=True)
         dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         if self._engine.rank != 0:
             return
         parameters = {name: _kind(shard) for name, shard in staged.items()}
         check_complete(HuggingFaceStorageReader(str(partial)).read_metadata(), parameters, partial)
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, **asdict(Manifest(step, *digests, parameters, files, run))}
+        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        manifest = {"format": FORMAT, **asdict(Manifest(step, *digests, parameters, sizes, run))}
         write_json(partial / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
         sync_folder(partial)
         os.replace(partial, final)
@@ -426,6 +429,18 @@ def _check_model(parameters: dict[str, list[int | str]], shards: list[Shard], pa
 
 def _described(parameter: list[int | str] | None) -> str:
     return "missing" if parameter is None else f"{parameter[0]:,} elements of {parameter[1]}"
+
+
+def _files_of(shards: Iterable[Shard], ranks: int) -> dict[str, int]:
+    """The number of the file, from 1 on, that each rank writes its part of a parameter to."""
+    number, size, files = 1, 0, {}
+    for shard in shards:
+        part = -(-shard.numel // ranks) * shard.local.element_size()
+        if size and size + part > FILE_BYTES:
+            number, size = number + 1, 0
+        files[shard.name] = number
+        size += part
+    return files
 
 
 def _kind(shard: Shard) -> list[int | str]:

@@ -238,8 +238,9 @@ def _train(
     def summarize() -> dict[str, Any]:
         records = read_metrics(folder)
         # Of rank 0 those of steps before the run went on, too.
-        in_steps = [max((record["memory_bytes"] for record in records), default=0), *(peak for _, peak in peaks[1:])]
-        counted = [record["wire_bytes"] for record in records if "wire_bytes" in record]
+        in_steps = [in_steps for _, in_steps in peaks]
+        in_steps[0] = max(in_steps[0], *(record["memory_bytes"] for record in records), 0)
+        counted = [record["wire_bytes"] for record in records if record.get("wire_bytes")]
         summary = {
             "method": config.method_name,
             "engine": engine.name,
@@ -357,7 +358,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
 def score_only(config: RunConfig) -> dict[str, Any] | None:
     """Scores of `config.model` on the run's held-out samples, on rank 0 (None elsewhere)."""
     prepared = prepare_inputs(config)
-    with joined() as world:
+    with joined(config.timeout_minutes, config.offload) as world:
         model, unread = open_model(prepared.location, config)
         inputs = accepted(model)
         # In the run's own precision; DeepSpeed's optimizers, which have none of their own, would be compiled first.

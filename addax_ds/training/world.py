@@ -135,14 +135,14 @@ def joined(timeout_minutes: float = 10.0, offload: bool = False) -> Iterator[Wor
             f"rank {rank}: the {size} ranks did not all join within {timeout_minutes:g} minutes "
             f"({told}): look at the others and their nodes"
         ) from error
-    together = False
+    together = size == 1 or backend != "nccl"
     try:
         yield World(rank, local_rank, size, device)
         # A rank that leaves early takes its sockets from collectives still under way.
         dist.barrier()
         together = True
     except (UserError, PreemptedError):
-        together = _have_others_met_it(rank, size)
+        _let_others_meet_it(rank, size)
         raise
     except RuntimeError as error:
         # NCCL's, too, and before what looks like the end of another rank.
@@ -163,8 +163,9 @@ def joined(timeout_minutes: float = 10.0, offload: bool = False) -> Iterator[Wor
             ) from error
         raise
     finally:
-        # NCCL's end waits for the other ranks, which may be in a collective that this one never joins.
-        if together or backend != "nccl":
+        # NCCL's end waits for the other ranks of the node, which may be in a collective that this one never joins:
+        # the command then leaves without it.
+        if together:
             dist.destroy_process_group()
 
 
@@ -174,10 +175,9 @@ def limit_waiting(minutes: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-def _have_others_met_it(rank: int, size: int) -> bool:
-    """Wait a moment for ranks that meet the same fault, which may still need this one's sockets; whether all have."""
+def _let_others_meet_it(rank: int, size: int) -> None:
+    """Wait a moment for ranks that meet the same fault: they may still need this one's sockets."""
     store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + 5.0
-    count = 1
     with contextlib.suppress(dist.DistError):  # the store is gone with rank 0, which waits as well
         count = store.add("addax_ds/fault", 1)
         while count < size and time.monotonic() < end:
@@ -187,4 +187,3 @@ def _have_others_met_it(rank: int, size: int) -> bool:
             store.set(f"addax_ds/met/{rank}", "")  # which asks for no answer, so that the store may go
         while not rank and not store.check([f"addax_ds/met/{r}" for r in range(1, size)]) and time.monotonic() < end:
             time.sleep(0.05)
-    return count >= size

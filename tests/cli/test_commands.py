@@ -126,3 +126,37 @@ def test_eval_of_a_run_that_saved_no_model_says_so(finished, tmp_path, monkeypat
         assert call(monkeypatch, "eval", path) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert "run/model" in line and "no model" in line
+
+
+LEFT = """
+import atexit
+import torch.distributed as dist
+from addax_ds.cli import main
+from addax_ds.errors import RankLostError, UserError
+
+def app():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(print, "ended by Python")
+    raise {error}
+
+main.app = app
+main.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        ("UserError('lower lr')", 2, "addax-ds: lower lr"),
+        ("RankLostError('rank 1 has ended')", 1, "addax-ds: rank 1 has ended"),
+        ("RuntimeError('a fault')", 1, "RuntimeError: a fault"),
+    ],
+)
+def test_a_rank_that_leaves_its_group_says_why_and_does_not_wait_for_the_others(error, status, told):
+    """As one does that fails alone under NCCL."""
+    program = LEFT.format(error=error)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.splitlines()[-1] == told

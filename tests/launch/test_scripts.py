@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from addax_ds.config import load_run
+from addax_ds.plan import ready
+from addax_ds.plan.cluster import Cluster, gpu_of
 from tests.cli.commands import environment, free_port, run
 from tests.launch.processes import ROOT, TRAIN
 from tests.training.tiny import LABELS
@@ -111,6 +114,11 @@ while [[ $1 == -* ]]; do shift $([[ $1 == -S ]] && echo 1 || echo 2); done
 line="$*"
 exec bash -c "${line//%n/0}"
 """
+SBATCH = """#!/bin/sh
+# The batch file, here and now.
+while [ "${1#--}" != "$1" ]; do shift 2; done
+exec bash "$@"
+"""
 
 
 @pytest.fixture
@@ -118,7 +126,8 @@ def cluster(tmp_path):
     """A folder with a hostfile of this machine, two ranks, and with a Slurm, pdsh and ssh of its own."""
     (tmp_path / "hostfile").write_text("# this machine\nlocalhost slots=2\n")
     (tmp_path / "others").write_text("nowhere slots=2\n")
-    programs = {"srun": SRUN, "scontrol": SCONTROL, "pdsh": PDSH, "sinfo": "#!/bin/sh\n", "ssh": "#!/bin/sh\n"}
+    programs = {"srun": SRUN, "scontrol": SCONTROL, "pdsh": PDSH, "sbatch": SBATCH}
+    programs |= dict.fromkeys(("sinfo", "ssh"), "#!/bin/sh\n")
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -152,6 +161,25 @@ def test_a_script_starts_as_many_ranks_as_it_is_told_and_they_find_each_other(al
     words = [tiny.run_file, *ZEROTH_ORDER, "engine=fsdp", f"task.labels={labels}", f"output={cluster / 'out'}"]
     # A batch script begins in the folder of the project.
     done = script(name, *words, cwd=ROOT if name.endswith(".sbatch") else cluster, first=cluster, **own)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((cluster / "out" / "summary.json").read_text())
+    assert (summary["world_size"], summary["final_digest"]) == (2, alone)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["torchrun", "deepspeed", "sbatch"])
+def test_the_commands_that_a_plan_prints_start_its_run(alone, tiny, cluster, place):
+    config = load_run(str(tiny.run_file), [*ZEROTH_ORDER, "engine=fsdp"])
+    folder = cluster / "plan"
+    folder.mkdir()
+    commands = ready.write(config, "a test", Cluster(1, 2, gpu_of("h100")), folder)
+    # With names of one's own.
+    hosts = folder / "hostfile"
+    hosts.write_text(hosts.read_text().replace("node-0", "localhost"))
+    command = commands[place].replace("node-0", "localhost").replace("/shared/run", shlex.quote(str(cluster / "out")))
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"} if place == 2 else {}
+    path = os.pathsep.join([str(cluster), str(PYTHON.parent), os.environ["PATH"]])
+    own = {**environment(), **slurm, "PORT": str(free_port()), "PATH": path}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=own, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((cluster / "out" / "summary.json").read_text())
     assert (summary["world_size"], summary["final_digest"]) == (2, alone)

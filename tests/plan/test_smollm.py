@@ -37,22 +37,18 @@ def test_the_plan_of_smollm2_is_what_its_steps_take(
 
 
 @pytest.mark.parametrize(
-    ("world", "engine", "method", "short"),
-    [
-        *[(1, "fsdp", "ip-sgd", 192), (1, "fsdp", "adamw", 192), (1, "zero3", "ip-sgd", 192)],
-        *[(2, "fsdp", "ip-sgd", 192), (2, "zero3", "ip-sgd", 320), (4, "fsdp", "ip-sgd", 192)],
-    ],
+    ("world", "engine", "method"),
+    [(1, "fsdp", "ip-sgd"), (1, "fsdp", "adamw"), (1, "zero3", "ip-sgd")],
     indirect=["world"],
 )
-def test_torchs_allocator_counts_the_same_bytes(record_property, world: World, tmp_path, engine, method, short):
-    """Beside gloo's own copies, which are a few hundredths of it."""
-    config = run_of(method, world.size, **(under_zero(tmp_path, {}) if engine == "zero3" else {}))
+def test_torchs_allocator_counts_the_same_bytes(record_property, world: World, tmp_path, engine, method):
+    config = run_of(method, 1, **(under_zero(tmp_path, {}) if engine == "zero3" else {}))
     shape = SHAPES["smollm2-135m"]()
-    planned = rehearse(shape, config, world.size, 64, short).peak
-    step = {"shape": shape, "config": config, "long": 64, "short": short}
+    planned = rehearse(shape, config, 1, 64, 192).peak
+    step = {"shape": shape, "config": config, "long": 64, "short": 192}
     counted = world.run(allocated, seconds=STEP_SECONDS, **step)[0]
     figures = f"{planned / 1e6:6.1f} MB, counted {counted / 1e6:6.1f}, {planned / counted - 1:+.2%}"
-    record_property("peak by torch's allocator", f"smollm2-135m {engine:5} {world.size} {method:7} {figures}")
+    record_property("peak by torch's allocator", f"smollm2-135m {engine:5} {method:7} {figures}")
     assert planned == pytest.approx(counted, rel=0.05)
 
 

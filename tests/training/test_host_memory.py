@@ -1,4 +1,4 @@
-"""What a rank holds of a model in the memory of its host: its shard and a parameter in loading, a file in exporting."""
+"""What a rank holds of a model in its host's memory: its shard, a parameter in loading, a file in exports and saves."""
 
 import ctypes
 import sys
@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from addax_ds.config import RunConfig
 from addax_ds.engines.base import Engine
-from addax_ds.training import export
+from addax_ds.training import checkpoint, export
+from addax_ds.training.checkpoint import Checkpoints
 from addax_ds.training.memory import read_peak, reset_peak, resident
 from addax_ds.training.models import build_optimizer, load_model, open_model
 from tests.training.test_loading import ENGINES, config_for, ranks
@@ -98,3 +99,28 @@ def test_rank_0_holds_a_file_while_it_exports_and_others_a_parameter(world: Worl
     main, other = world.run(growth_in_export, **settings, bytes_of_file=2 * sum(sizes))
     assert (tmp_path / "large" / "model.safetensors").exists()
     assert main > sum(sizes) / 1.1 and other < sum(sizes) / 2
+
+
+def growth_in_save(config: RunConfig, first: RunConfig, folder: Path, bytes_of_file: int) -> int:
+    def save(engine: Engine, name: str) -> None:
+        saved = Checkpoints(folder / name, engine, keep=1)
+        saved.save(1, {})
+        saved.wait()
+
+    save(built(first, False), "small")
+    checkpoint.FILE_BYTES = bytes_of_file
+    engine = built(config, False)
+    return growth_in(lambda: save(engine, "large"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_holds_its_shards_and_a_file_while_it_saves(world: World, folders, tmp_path, engine):
+    configs = {name: config_for(engine, folder, tmp_path) for name, folder in folders.items()}
+    sizes = [p.nbytes for p in LlamaForCausalLM.from_pretrained(folders["large"]).parameters()]
+    shard = sum(sizes) // 2
+    settings = {"config": configs["large"], "first": configs["small"]}
+    several = world.run(growth_in_save, **settings, folder=tmp_path / "several", bytes_of_file=max(sizes))
+    assert len(list((tmp_path / "several" / "large" / "step-000001").glob("*.safetensors"))) > 4
+    assert shard - KEPT < min(several) and max(several) < shard + 3 * max(sizes) + KEPT
+    one = world.run(growth_in_save, **settings, folder=tmp_path / "one", bytes_of_file=2 * sum(sizes))
+    assert min(one) > max(several)
