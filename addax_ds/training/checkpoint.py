@@ -215,7 +215,7 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         state: dict[str, Any] = {name: FlatRange(shard) for name, shard in staged.items()}
-        files = _files_of(staged.values(), self._engine.world_size)
+        files = _files_of(staged.values())
         writer = HuggingFaceStorageWriter(str(partial), files, save_distributed=True)
         dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         if self._engine.rank != 0:
@@ -431,15 +431,14 @@ def _described(parameter: list[int | str] | None) -> str:
     return "missing" if parameter is None else f"{parameter[0]:,} elements of {parameter[1]}"
 
 
-def _files_of(shards: Iterable[Shard], ranks: int) -> dict[str, int]:
-    """The number of the file, from 1 on, that each rank writes its part of a parameter to."""
+def _files_of(shards: Iterable[Shard]) -> dict[str, int]:
+    """The number of the file, from 1 on, that a rank writes its part of a parameter to: rank 0's holds for all."""
     number, size, files = 1, 0, {}
     for shard in shards:
-        part = -(-shard.numel // ranks) * shard.local.element_size()
-        if size and size + part > FILE_BYTES:
+        if size and size + shard.local.nbytes > FILE_BYTES:
             number, size = number + 1, 0
         files[shard.name] = number
-        size += part
+        size += shard.local.nbytes
     return files
 
 

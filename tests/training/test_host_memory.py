@@ -121,6 +121,6 @@ def test_a_rank_holds_its_shards_and_a_file_while_it_saves(world: World, folders
     settings = {"config": configs["large"], "first": configs["small"]}
     several = world.run(growth_in_save, **settings, folder=tmp_path / "several", bytes_of_file=max(sizes))
     assert len(list((tmp_path / "several" / "large" / "step-000001").glob("*.safetensors"))) > 4
-    assert shard - KEPT < min(several) and max(several) < shard + 3 * max(sizes) + KEPT
+    assert max(several) < shard + 3 * max(sizes) + KEPT
     one = world.run(growth_in_save, **settings, folder=tmp_path / "one", bytes_of_file=2 * sum(sizes))
-    assert min(one) > max(several)
+    assert min(one) > 2 * shard - KEPT
